@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""bpf(2) through ctypes: objects, pins, links, maps and test runs. No libbpf, no bcc; what the commands mean is in bpf(2)."""
+
+import ctypes
+import errno
+import mmap
+import os
+import platform
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_SYSCALL = {"x86_64": 321, "aarch64": 280, "riscv64": 280}[platform.machine()]
+_ATTR_BYTES = 160
+
+MAP_LOOKUP_ELEM = 1
+MAP_UPDATE_ELEM = 2
+MAP_DELETE_ELEM = 3
+MAP_GET_NEXT_KEY = 4
+OBJ_PIN = 6
+OBJ_GET = 7
+PROG_TEST_RUN = 10
+PROG_GET_FD_BY_ID = 13
+OBJ_GET_INFO_BY_FD = 15
+PROG_QUERY = 16
+RAW_TRACEPOINT_OPEN = 17
+MAP_LOOKUP_BATCH = 24
+LINK_CREATE = 28
+LINK_UPDATE = 29
+
+TCX_INGRESS = 46
+TCX_EGRESS = 47
+F_BEFORE = 8
+PERCPU_TYPES = frozenset({5, 6, 10, 21})
+
+
+class BpfError(OSError):
+    """A bpf(2) command failed; errno and strerror as usual, the command's name in `filename`."""
+
+
+def bpf(command: int, attr: bytes | ctypes.Array[ctypes.c_char], what: str) -> int:
+    """Make the system call; `attr` is zero-padded to the size every command accepts.
+
+    Raises BpfError.
+    """
+    buffer = ctypes.create_string_buffer(attr, _ATTR_BYTES) if isinstance(attr, bytes) else attr
+    result = int(_LIBC.syscall(_SYSCALL, command, buffer, ctypes.sizeof(buffer)))
+    if result < 0:
+        code = ctypes.get_errno()
+        raise BpfError(code, os.strerror(code), what)
+    return result
+
+
+def possible_cpus() -> int:
+    """Number of possible CPUs: per-CPU map values are this many, and rings are sized by it."""
+    text = Path("/sys/devices/system/cpu/possible").read_text().strip()
+    return int(text.replace(",", "-").split("-")[-1]) + 1
+
+
+def obj_pin(fd: int, path: Path) -> None:
+    """Pin an object in a bpffs."""
+    name = ctypes.create_string_buffer(os.fsencode(path))
+    bpf(OBJ_PIN, struct.pack("=QII", ctypes.addressof(name), fd, 0), f"pin {path}")
+
+
+def obj_get(path: Path) -> int:
+    """Open a pinned object; the caller closes the descriptor."""
+    name = ctypes.create_string_buffer(os.fsencode(path))
+    return bpf(OBJ_GET, struct.pack("=QII", ctypes.addressof(name), 0, 0), f"open {path}")
+
+
+def _info(fd: int, size: int) -> bytes:
+    buffer = ctypes.create_string_buffer(size)
+    bpf(OBJ_GET_INFO_BY_FD, struct.pack("=IIQ", fd, size, ctypes.addressof(buffer)), "object info")
+    return buffer.raw
+
+
+def program_id(fd: int) -> int:
+    """Kernel id of a program."""
+    return int(struct.unpack_from("=II", _info(fd, 80))[1])
+
+
+def program_verified_instructions(fd: int) -> int:
+    """Instructions the verifier walked (struct bpf_prog_info.verified_insns)."""
+    return int(struct.unpack_from("=I", _info(fd, 232), 216)[0])
+
+
+def program_name(prog_id: int) -> str:
+    """Name of a loaded program by its kernel id."""
+    fd = bpf(PROG_GET_FD_BY_ID, struct.pack("=I", prog_id), f"program {prog_id}")
+    try:
+        return _info(fd, 80)[64:80].split(b"\0")[0].decode()
+    finally:
+        os.close(fd)
+
+
+def tcx_link_target(fd: int) -> tuple[int, int]:
+    """(program id, ifindex) of a TCX link; ifindex is 0 once the device is gone."""
+    fields = struct.unpack_from("=IIIIII", _info(fd, 64))
+    return int(fields[2]), int(fields[4])
+
+
+def raw_tracepoint_open(name: str, program_fd: int) -> int:
+    """Attach a raw tracepoint program; the link lives as long as its descriptor or pin."""
+    text = ctypes.create_string_buffer(name.encode())
+    attr = struct.pack("=QI", ctypes.addressof(text), program_fd)
+    return bpf(RAW_TRACEPOINT_OPEN, attr, f"raw tracepoint {name}")
+
+
+def tcx_link_create(program_fd: int, ifindex: int, attach_type: int) -> int:
+    """Attach a program at the head of an interface's TCX list.
+
+    Raises BpfError; errno EINVAL means a kernel without TCX (< 6.6).
+    """
+    attr = struct.pack("=IIIIIIQ", program_fd, ifindex, attach_type, F_BEFORE, 0, 0, 0)
+    return bpf(LINK_CREATE, attr, f"tcx link on ifindex {ifindex}")
+
+
+def link_update(link_fd: int, program_fd: int) -> None:
+    """Replace the program of a link atomically."""
+    bpf(LINK_UPDATE, struct.pack("=IIII", link_fd, program_fd, 0, 0), "link update")
+
+
+def tcx_program_ids(ifindex: int, attach_type: int) -> list[int]:
+    """Kernel ids of the programs on an interface's TCX list, in the order they run."""
+    ids = (ctypes.c_uint32 * 64)()
+    attr = ctypes.create_string_buffer(
+        struct.pack("=IIIIQI", ifindex, attach_type, 0, 0, ctypes.addressof(ids), 64), _ATTR_BYTES
+    )
+    bpf(PROG_QUERY, attr, f"tcx query of ifindex {ifindex}")
+    count = struct.unpack_from("=I", attr, 24)[0]
+    return list(ids[:count])
+
+
+def test_run(program_fd: int, packet: bytes, *, repeat: int = 1) -> tuple[int, bytes, int]:
+    """Run a TC program on a packet: (verdict as signed int, packet afterwards, ns per run)."""
+    out = ctypes.create_string_buffer(len(packet) + 256)
+    data = ctypes.create_string_buffer(packet, len(packet))
+    attr = ctypes.create_string_buffer(
+        struct.pack(
+            "=IIIIQQII",
+            program_fd,
+            0,
+            len(packet),
+            len(out),
+            ctypes.addressof(data),
+            ctypes.addressof(out),
+            repeat,
+            0,
+        ),
+        _ATTR_BYTES,
+    )
+    bpf(PROG_TEST_RUN, attr, "test run")
+    _, verdict, _, size, _, _, _, duration = struct.unpack_from("=IiIIQQII", attr)
+    return verdict, out.raw[:size], duration
+
+
+class Map:
+    """A BPF map by descriptor: element access and, for mmapable arrays, its memory."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        kind, _, self.key_bytes, self.value_bytes, self.max_entries = struct.unpack_from(
+            "=IIIII", _info(fd, 80)
+        )
+        self.cpus = possible_cpus() if kind in PERCPU_TYPES else 1
+        self.stride = (self.value_bytes + 7) // 8 * 8
+        self._key = ctypes.create_string_buffer(self.key_bytes)
+        self._value = ctypes.create_string_buffer(self.stride * self.cpus)
+
+    @classmethod
+    def open(cls, path: Path) -> "Map":
+        """Open a pinned map. Raises BpfError."""
+        return cls(obj_get(path))
+
+    def close(self) -> None:
+        """Close the descriptor; memory that was mapped stays mapped."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def _element(self, command: int, key: bytes, flags: int, what: str) -> None:
+        ctypes.memmove(self._key, key, self.key_bytes)
+        attr = struct.pack(
+            "=IIQQQ", self.fd, 0, ctypes.addressof(self._key), ctypes.addressof(self._value), flags
+        )
+        bpf(command, attr, what)
+
+    def lookup(self, key: bytes) -> bytes:
+        """Value of a key, for per-CPU maps all CPUs' values behind each other. Raises BpfError (ENOENT)."""
+        self._element(MAP_LOOKUP_ELEM, key, 0, "map lookup")
+        return self._value.raw
+
+    def update(self, key: bytes, value: bytes) -> None:
+        """Set the value of a key; for per-CPU maps `value` holds all CPUs' values."""
+        ctypes.memmove(self._value, value, len(value))
+        self._element(MAP_UPDATE_ELEM, key, 0, "map update")
+
+    def delete(self, key: bytes) -> None:
+        """Remove a key of a hash. Raises BpfError (ENOENT)."""
+        self._element(MAP_DELETE_ELEM, key, 0, "map delete")
+
+    def keys(self) -> Iterator[bytes]:
+        """All keys, by walking; a key that is removed meanwhile may end the walk early."""
+        following = ctypes.create_string_buffer(self.key_bytes)
+        current = 0
+        while True:
+            attr = struct.pack("=IIQQ", self.fd, 0, current, ctypes.addressof(following))
+            try:
+                bpf(MAP_GET_NEXT_KEY, attr, "map walk")
+            except BpfError as error:
+                if error.errno != errno.ENOENT:
+                    raise
+                return
+            yield following.raw
+            ctypes.memmove(self._key, following, self.key_bytes)
+            current = ctypes.addressof(self._key)
+
+    def values(self, chunk: int = 1024) -> bytes:
+        """All values of an array in index order, `stride * cpus` bytes each, read in batches."""
+        size = self.stride * self.cpus if self.cpus > 1 else self.value_bytes
+        keys = ctypes.create_string_buffer(self.key_bytes * chunk)
+        values = ctypes.create_string_buffer(size * chunk)
+        position = ctypes.create_string_buffer(8)
+        result, first = bytearray(), True
+        while True:
+            attr = ctypes.create_string_buffer(
+                struct.pack(
+                    "=QQQQIIQQ",
+                    0 if first else ctypes.addressof(position),
+                    ctypes.addressof(position),
+                    ctypes.addressof(keys),
+                    ctypes.addressof(values),
+                    chunk,
+                    self.fd,
+                    0,
+                    0,
+                ),
+                _ATTR_BYTES,
+            )
+            ended = False
+            try:
+                bpf(MAP_LOOKUP_BATCH, attr, "map batch lookup")
+            except BpfError as error:
+                if error.errno != errno.ENOENT:
+                    raise
+                ended = True
+            count = struct.unpack_from("=I", attr, 32)[0]
+            result += values.raw[: count * size]
+            if ended:
+                return bytes(result)
+            first = False
+
+    def memory(self) -> mmap.mmap:
+        """Map an mmapable array into this process, read and write; elements are `stride` bytes apart."""
+        pages = -(-self.stride * self.max_entries // mmap.PAGESIZE)
+        return mmap.mmap(self.fd, pages * mmap.PAGESIZE)

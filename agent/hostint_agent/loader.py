@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compile the datapath with bcc, load it, pin it, exit. The only module that knows bcc; it runs as a process of its own.
+
+Pins: `PIN/<layout>/maps/<map>`, `PIN/<layout>/programs/<program>`. Attaching is `attach`'s business.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hostint_agent import bpf_calls
+
+PROGRAMS = ("ingress", "egress", "drop")
+MAIN_SOURCE = "int_host.c"
+_INCLUDE = re.compile(r'^\s*#\s*include\s+"([\w.]+)"\s*$')
+_MAP_DECLARATION = re.compile(r"^PINNED_\w+\(.*\);", re.MULTILINE)
+_MAX_RING_RECORDS = 16384
+_MIN_RING_RECORDS = 512
+_RING_RECORDS_TOTAL = 65536
+_LOAD_TIMEOUT_S = 120
+
+# bcc rewrites map access by these declarations; ":" and a path behind the type pin the map there, or take over the one that is
+_PRELUDE = """
+#define PINNED_ARRAY(name, leaf, n) BPF_F_TABLE("array:" PIN_MAPS #name, u32, leaf, name, n, 0)
+#define PINNED_MMAPABLE(name, leaf, n) BPF_F_TABLE("array:" PIN_MAPS #name, u32, leaf, name, n, 1024)
+#define PINNED_PERCPU_ARRAY(name, leaf, n) BPF_F_TABLE("percpu_array:" PIN_MAPS #name, u32, leaf, name, n, 0)
+#define PINNED_HASH(name, key, leaf, n) BPF_F_TABLE("hash:" PIN_MAPS #name, key, leaf, name, n, 0)
+"""
+
+
+class LoadError(Exception):
+    """The datapath could not be compiled, loaded or pinned; the text says why."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Source:
+    """The program text with our own headers inlined, and what identifies it."""
+
+    text: str
+    defines: tuple[str, ...]
+    layout: str
+    digest: bytes
+
+
+def default_bpf_dir() -> Path:
+    """Where the C sources are: beside the package in a checkout, else where the image keeps them."""
+    checkout = Path(__file__).resolve().parents[2] / "bpf"
+    return checkout if (checkout / MAIN_SOURCE).exists() else Path("/usr/share/hostint/bpf")
+
+
+def _inline(path: Path, seen: set[Path]) -> list[str]:
+    if path in seen:
+        return []
+    seen.add(path)
+    lines = [f'#line 1 "{path.name}"']
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        include = _INCLUDE.match(line)
+        if include:
+            lines += _inline(path.parent / include[1], seen)
+            lines.append(f'#line {number + 1} "{path.name}"')
+        elif line.strip() != "#pragma once":
+            lines.append(line)
+    return lines
+
+
+def ring_records(cpus: int) -> int:
+    """Records of one ring: a power of two, so that all rings together stay near 65,536."""
+    share = max(_MIN_RING_RECORDS, min(_MAX_RING_RECORDS, _RING_RECORDS_TOTAL // cpus))
+    return 1 << (share.bit_length() - 1)
+
+
+def read_source(bpf_dir: Path, cpus: int | None = None) -> Source:
+    """Read the C sources. bcc rewrites map access in one buffer only, so our own headers become part of it.
+
+    Raises LoadError when a file is missing.
+    """
+    cpus = cpus or bpf_calls.possible_cpus()
+    rings = 2 * cpus
+    records = ring_records(cpus)
+    defines = (
+        f"-DNR_CPUS={1 << (cpus - 1).bit_length()}",
+        f"-DNR_RINGS={rings}",
+        f"-DRING_RECORDS={records}",
+        f"-DNR_RECORDS={rings * records}",
+    )
+    try:
+        text = "\n".join(_inline(bpf_dir / MAIN_SOURCE, set()))
+        types = (bpf_dir / "types.h").read_text()
+    except OSError as error:
+        raise LoadError(f"bpf sources: {error.filename}: {error.strerror}") from error
+    identity = " ".join(defines)
+    declarations = "\n".join(_MAP_DECLARATION.findall(text))
+    layout = hashlib.sha256((types + declarations + identity).encode()).hexdigest()[:12]
+    digest = hashlib.sha256((text + identity + _PRELUDE).encode()).digest()
+    return Source(text=text, defines=defines, layout=layout, digest=digest)
+
+
+def current(pin_dir: Path, bpf_dir: Path | None = None) -> Path:
+    """The pin directory of these sources' layout: `PIN/<layout>`. It exists once `load` has returned."""
+    return pin_dir / read_source(bpf_dir or default_bpf_dir()).layout
+
+
+def is_loaded(directory: Path, digest: bytes) -> bool:
+    """True if `directory` holds every program, built from sources with this digest."""
+    if not all((directory / "programs" / name).exists() for name in PROGRAMS):
+        return False
+    try:
+        build = bpf_calls.Map.open(directory / "maps" / "build")
+    except OSError:
+        return False
+    try:
+        return build.lookup(bytes(4))[:32] == digest
+    finally:
+        build.close()
+
+
+def load(pin_dir: Path, bpf_dir: Path | None = None) -> Path:
+    """Make sure that the programs of these sources are pinned; returns `PIN/<layout>`.
+
+    Does nothing if they are. Otherwise a child process compiles and loads them, so that this process never maps LLVM.
+    Raises LoadError.
+    """
+    bpf_dir = bpf_dir or default_bpf_dir()
+    source = read_source(bpf_dir)
+    directory = pin_dir / source.layout
+    if is_loaded(directory, source.digest):
+        return directory
+    command = [sys.executable, "-m", "hostint_agent.loader"]
+    command += ["--pin-dir", str(pin_dir), "--bpf-dir", str(bpf_dir)]
+    try:
+        child = subprocess.run(  # noqa: S603 (our own module, our own arguments)
+            command, capture_output=True, text=True, timeout=_LOAD_TIMEOUT_S, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise LoadError(f"the loader did not finish within {_LOAD_TIMEOUT_S} s") from error
+    if child.returncode:
+        tail = "\n".join(child.stderr.strip().splitlines()[-15:])
+        raise LoadError(tail or f"the loader ended with status {child.returncode}")
+    return directory
+
+
+def _header_flags(bpf_dir: Path) -> list[str]:
+    machine = platform.machine()
+    return ["-I/usr/include", f"-I/usr/include/{machine}-linux-gnu", f"-I{bpf_dir}"]
+
+
+def compile_and_pin(pin_dir: Path, bpf_dir: Path) -> None:
+    """Compile, load and pin, in this process. Raises LoadError, or whatever bcc raises."""
+    # read when bcc is imported: our stand-in for a kernel tree
+    os.environ["BCC_KERNEL_SOURCE"] = str(bpf_dir / "headers")
+    import bcc
+
+    source = read_source(bpf_dir)
+    directory = pin_dir / source.layout
+    maps, programs = directory / "maps", directory / "programs"
+    maps.mkdir(parents=True, exist_ok=True)
+    programs.mkdir(parents=True, exist_ok=True)
+    flags = [*source.defines, f'-DPIN_MAPS="{maps}/"', "-Wno-everything", *_header_flags(bpf_dir)]
+    module = bcc.BPF(text=_PRELUDE + source.text, cflags=flags)
+    kinds = {"drop": bcc.BPF.RAW_TRACEPOINT}
+    for name in PROGRAMS:
+        function = module.load_func(name, kinds.get(name, bcc.BPF.SCHED_CLS))
+        fresh = programs / f"{name}-new"
+        with contextlib.suppress(FileNotFoundError):
+            fresh.unlink()
+        bpf_calls.obj_pin(function.fd, fresh)
+        os.replace(fresh, programs / name)
+    build = bpf_calls.Map.open(maps / "build")
+    build.update(bytes(4), source.digest)
+    build.close()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of the loader process; its standard error is read by `load`."""
+    parser = argparse.ArgumentParser(prog="hostint-agent-loader", description=__doc__)
+    parser.add_argument("--pin-dir", type=Path, required=True)
+    parser.add_argument("--bpf-dir", type=Path, required=True)
+    options = parser.parse_args(arguments)
+    try:
+        compile_and_pin(options.pin_dir, options.bpf_dir)
+    except Exception as error:  # noqa: BLE001 (bcc raises bare Exception)
+        print(f"datapath: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

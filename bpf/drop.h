@@ -1,0 +1,239 @@
+/* SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only */
+/* Drop reports: what the kernel says about a packet that dies, checked against the slot that its address leads to. */
+#pragma once
+#include "classify.h"
+#include "flow.h"
+#include "policy.h"
+#include "report.h"
+#include "slot.h"
+
+#define MAC_HEADER_UNSET 0xffff
+#define ETHERNET_BYTES 14
+#define ETHERTYPE_OFFSET 12
+#define INT_REASON_TTL 26
+#define IPV4_TTL_OFFSET 8
+#define IPV6_HOP_LIMIT_OFFSET 7
+#define SUBSYSTEM_SHIFT 16
+#define SUBSYSTEM_INDEX 256
+/* spreads the drop reasons of one flow over the flow table, away from the flow itself */
+#define REASON_HASH 0x9fb21c651e98df25ULL
+
+/* What is read of the dying sk_buff; offsets come from BTF by way of the config. */
+struct dead_packet {
+	__u64 head;
+	__u32 tail;
+	__u16 mac_header;
+	__u16 network_header;
+	__u16 tc_index;
+	__u32 iif;
+};
+
+#define READ_FIELD(destination, base, offset) \
+	bpf_probe_read_kernel(&(destination), sizeof(destination), (void *)((base) + (offset)))
+
+static __always_inline void read_dead_packet(struct dead_packet *dead, __u64 address, const struct config *config)
+{
+	READ_FIELD(dead->tc_index, address, config->skb_tc_index);
+	READ_FIELD(dead->iif, address, config->skb_iif);
+	READ_FIELD(dead->head, address, config->skb_head);
+	READ_FIELD(dead->tail, address, config->skb_tail);
+	READ_FIELD(dead->mac_header, address, config->skb_mac_header);
+	READ_FIELD(dead->network_header, address, config->skb_network_header);
+}
+
+/* One kernel may hold many nodes (and every pod): only what dies in our own network namespace is ours. */
+static __always_inline bool died_elsewhere(__u64 address, const struct config *config, __u32 *ifindex)
+{
+	__u64 device = 0, net = 0, cookie = 0;
+
+	READ_FIELD(device, address, config->skb_dev);
+	if (!device)
+		return false; /* queued at a socket: no device any more */
+	READ_FIELD(*ifindex, device, config->dev_ifindex);
+	READ_FIELD(net, device, config->dev_net);
+	READ_FIELD(cookie, net, config->net_cookie);
+	return cookie != config->netns_cookie;
+}
+
+/* The tuple as it is now, for a packet that was translated since it came in. Later headers than the first are not followed. */
+static __always_inline void read_tuple(struct flow_key *key, const struct dead_packet *dead)
+{
+	__u64 ip = dead->head + dead->network_header;
+	__u32 header_bytes = 40;
+	__be16 ports[2] = {}, fragment = 0;
+	__u8 first = 0;
+
+	__builtin_memset(key, 0, sizeof(*key));
+	READ_FIELD(first, ip, 0);
+	if (first >> 4 == 4) {
+		header_bytes = (first & 15) * 4;
+		key->family = 4;
+		READ_FIELD(key->source[0], ip, 12);
+		READ_FIELD(key->destination[0], ip, 16);
+		READ_FIELD(key->protocol, ip, 9);
+		READ_FIELD(fragment, ip, 6);
+		key->no_ports = (fragment & bpf_htons(0x1fff)) != 0;
+	} else {
+		key->family = 6;
+		READ_FIELD(key->source, ip, 8);
+		READ_FIELD(key->destination, ip, 24);
+		READ_FIELD(key->protocol, ip, 6);
+	}
+	READ_FIELD(ports, ip, header_bytes);
+	if (key->protocol == 6 || key->protocol == 17 || key->protocol == 132) {
+		key->source_port = bpf_ntohs(ports[0]);
+		key->destination_port = bpf_ntohs(ports[1]);
+	} else if (key->protocol == 1 || key->protocol == 58) {
+		key->destination_port = bpf_ntohs(ports[0]);
+	} else {
+		key->no_ports = 1;
+	}
+}
+
+/* Copy the first bytes of the dead packet: its linear part from the Ethernet header on; the number of bytes. */
+static __always_inline __u32 put_dead_snapshot(const struct dead_packet *dead, const struct flow_key *key, __u8 *to,
+					       __u32 snap_length)
+{
+	__u32 start = dead->mac_header, skipped = 0, bytes;
+
+	if (dead->mac_header == MAC_HEADER_UNSET || dead->mac_header == dead->network_header) {
+		/* no Ethernet header (any more): one of zeros, with the right type */
+		start = dead->network_header;
+		skipped = ETHERNET_BYTES;
+		__builtin_memset(to, 0, ETHERNET_BYTES);
+		*(__be16 *)(to + ETHERTYPE_OFFSET) = key->family == 4 ? bpf_htons(0x0800) : bpf_htons(0x86dd);
+	}
+	if (dead->tail <= start)
+		return skipped;
+	bytes = dead->tail - start;
+	if (bytes > snap_length - skipped)
+		bytes = snap_length - skipped;
+	if (bytes == 0 || bytes > SNAP_BYTES)
+		return skipped;
+	bytes = bounded(bytes);
+	if (bpf_probe_read_kernel(to + skipped, bytes, (void *)(dead->head + start)) < 0) {
+		count(COUNT_SNAPSHOT_FAILED);
+		return skipped;
+	}
+	return skipped + bytes;
+}
+
+static __always_inline __u8 refine_reason(const struct drop_reason *reason, const struct dead_packet *dead,
+					  const struct flow_key *key)
+{
+	__u32 offset = key->family == 4 ? IPV4_TTL_OFFSET : IPV6_HOP_LIMIT_OFFSET;
+	__u8 ttl = 0xff;
+
+	if (!(reason->flags & DROP_CHECK_TTL))
+		return reason->code;
+	READ_FIELD(ttl, dead->head + dead->network_header, offset);
+	return ttl <= 1 ? INT_REASON_TTL : reason->code;
+}
+
+/* Decide on a watched packet that died and write its report; every path counts exactly one outcome. */
+static __always_inline void report_drop(const struct config *config, __u32 side, const struct verdict *verdict,
+					const struct slot *slot, const struct flow_key *key,
+					const struct dead_packet *dead, const struct drop_reason *reason,
+					__u32 egress_ifindex)
+{
+	struct watchlist_counters *counters = counters_of(verdict->watchlist);
+	const struct policy *policy = policy_of(side, verdict->watchlist);
+	const struct collector *collector;
+	__u8 code = refine_reason(reason, dead, key);
+	__u64 hash = flow_hash(key), drop_hash, now = bpf_ktime_get_ns();
+	struct record record = {};
+	struct flow *flow;
+	enum reserve_result result;
+	__u32 bytes;
+	bool known;
+
+	if (!counters || !policy)
+		return;
+	collector = collector_of(side, policy->collector);
+	if (!collector)
+		return;
+	if (!(policy->events & EVENT_DROP) || !(reason->flags & DROP_REPORT)) {
+		__sync_fetch_and_add(&counters->drops_not_asked, 1);
+		return;
+	}
+	if (!is_sampled(hash, policy->sample)) {
+		__sync_fetch_and_add(&counters->drops_sampled_out, 1);
+		return;
+	}
+	drop_hash = (hash ^ (code * REASON_HASH)) | 1;
+	flow = find_flow(drop_hash, &known);
+	if (!flow)
+		return;
+	if (known && now - flow->reported_ns < policy->interval_ns) {
+		__sync_fetch_and_add(&counters->drops_suppressed, 1);
+		return;
+	}
+	result = reserve_record(RING_DROP, policy->collector, collector, now, &record);
+	if (result != RESERVED) {
+		__sync_fetch_and_add(result == RESERVE_RATE_LIMITED ? &counters->drops_rate_limited :
+								      &counters->drops_ring_full,
+				     1);
+		return;
+	}
+	put_v05_drop(&record, config, V05_D | ((reason->flags & DROP_QUEUE) ? V05_Q : 0), slot->arrival_ns,
+		     port_id(slot->ifindex), port_id(egress_ifindex), code);
+	bytes = put_dead_snapshot(dead, key, record.bytes + V05_DROP_BYTES, collector->snap_length);
+	commit_record(&record, V05_DROP_BYTES + bytes);
+	remember_flow(flow, known, drop_hash, now, 0, 0, false);
+	__sync_fetch_and_add(&counters->drops_reported, 1);
+}
+
+static __always_inline __u32 reason_index(__u32 reason)
+{
+	return (reason & 0xff) | (reason >> SUBSYSTEM_SHIFT ? SUBSYSTEM_INDEX : 0);
+}
+
+/* A packet that has the address of a watched one was freed as dropped. */
+static __always_inline void observe_drop(struct slot *slot, __u64 address, __u32 kernel_reason)
+{
+	const struct config *config = current_config();
+	struct scratch *scratch = scratch_of(SCRATCH_DROP);
+	__u32 index = reason_index(kernel_reason), side = 0, ifindex = 0;
+	const struct drop_reason *reason = drop_reasons.lookup(&index);
+	struct watchlist_counters *counters;
+	const struct flow_key *key = &slot->key;
+	struct dead_packet dead = {};
+	struct verdict verdict = {};
+	__u64 *total;
+	__u8 state = slot->key.pad;
+
+	if (!config || !config->enabled || !scratch || !reason || state == SLOT_FREE)
+		return;
+	read_dead_packet(&dead, address, config);
+	if (!is_same_packet(slot, dead.tc_index, dead.iif)) {
+		count(COUNT_STALE_DROP);
+		return;
+	}
+	if (died_elsewhere(address, config, &ifindex))
+		return;
+	if (state == SLOT_EGRESSED && !(reason->flags & DROP_AFTER_EGRESS))
+		return;
+	if (!(classify(&slot->key, &verdict, &side) & CLASSIFY_MATCH)) {
+		read_tuple(&scratch->key, &dead);
+		key = &scratch->key;
+		if (!(classify(key, &verdict, &side) & CLASSIFY_MATCH))
+			verdict.action = ACTION_NONE;
+	}
+	slot->skb = 0;
+	if (verdict.action != ACTION_REPORT) {
+		unwatch_slot(slot);
+		slot->key.pad = SLOT_FREE;
+		return;
+	}
+	watch_slot(slot, verdict.watchlist);
+	counters = counters_of(verdict.watchlist);
+	if (counters)
+		__sync_fetch_and_add(state == SLOT_PENDING ? &counters->dropped : &counters->dropped_late, 1);
+	total = drop_counters.lookup(&index);
+	if (total)
+		__sync_fetch_and_add(total, 1);
+	report_drop(config, side, &verdict, slot, key, &dead, reason,
+		    state == SLOT_EGRESSED ? ifindex : 0);
+	slot->watchlist = 0;
+	slot->key.pad = SLOT_FREE;
+}

@@ -1,0 +1,90 @@
+/* SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only */
+/* The flow table: which flows were reported, when, and with what. Decides whether a packet is worth a report. */
+#pragma once
+#include "counters.h"
+
+/* Multipliers of the flow hash: odd, with well-mixed bits; not secret. */
+#define HASH_A 0x9e3779b97f4a7c15ULL
+#define HASH_B 0xc2b2ae3d27d4eb4fULL
+#define HASH_C 0xd6e8feb86659fd93ULL
+
+/* Never 0, which marks an empty way. Same on every node, so that all sample the same flows. */
+static __always_inline __u64 flow_hash(const struct flow_key *key)
+{
+	const __u64 *source = (const __u64 *)key->source;
+	const __u64 *destination = (const __u64 *)key->destination;
+	__u64 hash = (source[0] ^ (source[1] * HASH_B)) * HASH_A;
+
+	hash ^= hash >> 29;
+	hash = (hash + destination[0] + (destination[1] * HASH_C)) * HASH_B;
+	hash ^= hash >> 32;
+	hash ^= ((__u64)key->source_port << 32) | ((__u64)key->destination_port << 8) | key->protocol;
+	hash *= HASH_C;
+	hash ^= hash >> 32;
+	return hash | 1;
+}
+
+static __always_inline bool is_sampled(__u64 hash, __u32 sample)
+{
+	return sample <= 1 || (__u32)(hash >> 24) % sample == 0;
+}
+
+/* The way of a flow, or with *found = false the one to take over: an empty one, else the longest unreported. */
+static __always_inline struct flow *find_flow(__u64 hash, bool *found)
+{
+	__u32 index = (__u32)(hash >> 8) & (NR_FLOW_SETS - 1);
+	struct flow_set *set = flows.lookup(&index);
+	struct flow *oldest;
+
+	*found = false;
+	if (!set)
+		return NULL;
+	oldest = &set->way[0];
+#pragma unroll
+	for (int i = 0; i < FLOW_WAYS; i++) {
+		struct flow *flow = &set->way[i];
+
+		if (flow->signature == hash) {
+			*found = true;
+			return flow;
+		}
+		if (flow->reported_ns < oldest->reported_ns)
+			oldest = flow;
+	}
+	return oldest;
+}
+
+static __always_inline __u32 saturate_u32(__u64 value)
+{
+	return value > 0xffffffff ? 0xffffffff : value;
+}
+
+/* Which reports this packet is due, as enum report_event bits; 0: none. */
+static __always_inline __u32 due_events(const struct flow *flow, bool known, const struct policy *policy,
+					__u64 now, __u32 latency_ns, __u16 egress_port, bool congested)
+{
+	bool period_over = !known || now - flow->reported_ns >= policy->interval_ns;
+	__u32 moved = latency_ns > flow->latency_ns ? latency_ns - flow->latency_ns :
+						      flow->latency_ns - latency_ns;
+	__u32 due = 0;
+
+	if ((policy->events & EVENT_FLOW) &&
+	    (period_over || flow->egress_port != egress_port ||
+	     (policy->latency_change_ns && moved > policy->latency_change_ns)))
+		due |= EVENT_FLOW;
+	if ((policy->events & EVENT_QUEUE) && congested && (period_over || !flow->congested))
+		due |= EVENT_QUEUE;
+	return due;
+}
+
+static __always_inline void remember_flow(struct flow *flow, bool known, __u64 hash, __u64 now,
+					  __u32 latency_ns, __u16 egress_port, bool congested)
+{
+	if (!known && flow->signature)
+		count(COUNT_FLOW_EVICTED);
+	flow->signature = hash;
+	flow->reported_ns = now;
+	flow->latency_ns = latency_ns;
+	flow->egress_port = egress_port;
+	flow->congested = congested;
+}

@@ -1,0 +1,34 @@
+/* SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only */
+/*
+ * Every map but the classifier's (classify.h). All are pinned by name; MMAPABLE ones are read or written by the agent
+ * through mmap. PINNED_ARRAY and its like are defined by the loader's prelude, which knows the pin directory.
+ */
+#pragma once
+#include "types.h"
+
+PINNED_MMAPABLE(config, struct config, 1);
+PINNED_ARRAY(slots, struct slot, NR_SLOTS);
+PINNED_ARRAY(flows, struct flow_set, NR_FLOW_SETS);
+PINNED_MMAPABLE(policies, struct policy, 2 * MAX_WATCHLISTS);
+PINNED_MMAPABLE(collectors, struct collector, 2 * MAX_COLLECTORS);
+PINNED_ARRAY(rate_windows, struct rate_window, MAX_COLLECTORS);
+PINNED_ARRAY(drop_reasons, struct drop_reason, DROP_REASONS);
+/* ifindex -> 16-bit port id of the reports */
+PINNED_HASH(ports, __u32, __u64, 8192);
+/* addresses of the host itself; IPv4 in the first word */
+PINNED_HASH(local_addresses, struct address, __u64, 4096);
+/* sequence numbers: index = ring * MAX_COLLECTORS + collector, ring = CPU * RINGS_PER_CPU + kind */
+PINNED_MMAPABLE(sequences, __u64, NR_RINGS * MAX_COLLECTORS);
+/* the rings: index = ring * RING_RECORDS + (position & (RING_RECORDS - 1)) */
+PINNED_MMAPABLE(report_records, struct report_record, NR_RECORDS);
+PINNED_MMAPABLE(report_iovs, struct report_iov, NR_RECORDS);
+PINNED_MMAPABLE(report_collectors, __u64, NR_RECORDS);
+PINNED_MMAPABLE(ring_heads, struct ring_position, NR_RINGS);
+PINNED_MMAPABLE(ring_tails, struct ring_position, NR_RINGS);
+/* sent and failed reports per collector, kept by the exporter over its own restarts: {sent, failed} */
+PINNED_MMAPABLE(export_counters, struct export_counter, MAX_COLLECTORS);
+PINNED_PERCPU_ARRAY(watchlist_counters, struct watchlist_counters, MAX_WATCHLISTS);
+PINNED_PERCPU_ARRAY(datapath_counters, __u64, NR_DATAPATH_COUNTERS);
+PINNED_PERCPU_ARRAY(drop_counters, __u64, DROP_REASONS);
+/* digest of the sources that were compiled; written last by the loader */
+PINNED_ARRAY(build, struct build, 1);

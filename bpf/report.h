@@ -1,0 +1,224 @@
+/* SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only */
+/* Rings and the wire: a report is written here as finished Telemetry Report v0.5 bytes, once, into its ring record. */
+#pragma once
+#include "counters.h"
+#include "parse.h"
+
+/* Telemetry Report v0.5, fixed header: NProto 1 = drop header follows, 2 = switch-local header follows. */
+#define V05_NPROTO_DROP (1U << 24)
+#define V05_NPROTO_LOCAL (2U << 24)
+#define V05_D (1U << 23)
+#define V05_Q (1U << 22)
+#define V05_F (1U << 21)
+#define V05_LOCAL_BYTES 28
+#define V05_DROP_BYTES 24
+#define HW_ID_CPU_MASK 31
+#define HW_ID_DROP 32
+
+#define RATE_WINDOW_NS 100000000ULL
+#define RATE_WINDOWS_PER_SECOND 10
+
+/* A ring record being written. */
+struct record {
+	__u8 *bytes;
+	struct report_iov *iov;
+	struct ring_position *head;
+	__u32 hw_id;
+	__u32 sequence;
+};
+
+enum reserve_result {
+	RESERVED = 0,
+	RESERVE_RATE_LIMITED = 1,
+	RESERVE_RING_FULL = 2,
+};
+
+/* Count one report against its collector's limit. Fixed windows of 100 ms; a window never lets more than its share. */
+static __always_inline bool within_rate(__u32 collector, __u32 reports_per_second, __u64 now)
+{
+	struct rate_window *window;
+	__u64 share = reports_per_second / RATE_WINDOWS_PER_SECOND;
+	__u64 start;
+
+	if (!reports_per_second)
+		return true;
+	window = rate_windows.lookup(&collector);
+	if (!window)
+		return true;
+	start = window->start_ns;
+	if (now - start >= RATE_WINDOW_NS && now > start) {
+		/* one CPU wins the exchange and opens the new window */
+		if (__sync_val_compare_and_swap(&window->start_ns, start, now) == start)
+			window->used = 0;
+	}
+	return __sync_fetch_and_add(&window->used, 1) < (share ? share : 1);
+}
+
+/*
+ * Take the next record of this CPU's ring of one kind. The sequence number is taken before the full test: a report that
+ * finds no room shows as a gap at the collector. One writer per ring: TC programs run with softirqs off, the tracepoint
+ * program has a ring of its own.
+ */
+static __always_inline enum reserve_result reserve_record(enum ring_kind kind, __u32 collector_index,
+							   const struct collector *collector, __u64 now,
+							   struct record *record)
+{
+	__u32 cpu = bpf_get_smp_processor_id();
+	__u32 ring = cpu * RINGS_PER_CPU + kind;
+	__u32 sequence_index = ring * MAX_COLLECTORS + (collector_index & (MAX_COLLECTORS - 1));
+	__u32 index;
+	__u64 *sequence, *to;
+	struct ring_position *head, *tail;
+	struct report_record *bytes;
+
+	if (!within_rate(collector_index, collector->reports_per_second, now))
+		return RESERVE_RATE_LIMITED;
+	sequence = sequences.lookup(&sequence_index);
+	head = ring_heads.lookup(&ring);
+	tail = ring_tails.lookup(&ring);
+	if (!sequence || !head || !tail)
+		return RESERVE_RING_FULL;
+	record->sequence = (__u32)++*sequence;
+	if (head->value - READ_ONCE(tail->value) >= RING_RECORDS)
+		return RESERVE_RING_FULL;
+	index = ring * RING_RECORDS + ((__u32)head->value & (RING_RECORDS - 1));
+	bytes = report_records.lookup(&index);
+	record->iov = report_iovs.lookup(&index);
+	to = report_collectors.lookup(&index);
+	if (!bytes || !record->iov || !to)
+		return RESERVE_RING_FULL;
+	*to = collector_index;
+	record->bytes = bytes->bytes;
+	record->head = head;
+	record->hw_id = (cpu & HW_ID_CPU_MASK) | (kind == RING_DROP ? HW_ID_DROP : 0);
+	return RESERVED;
+}
+
+/* Hand the record to the agent: its bytes are complete. */
+static __always_inline void commit_record(struct record *record, __u32 bytes)
+{
+	record->iov->len = bytes;
+	barrier();
+	WRITE_ONCE(record->head->value, record->head->value + 1);
+}
+
+static __always_inline __u16 port_id(__u32 ifindex)
+{
+	__u64 *port;
+
+	if (!ifindex)
+		return 0;
+	port = ports.lookup(&ifindex);
+	return port ? (__u16)*port : 0;
+}
+
+static __always_inline void put_be32(__u8 *bytes, __u32 value)
+{
+	*(__be32 *)bytes = bpf_htonl(value);
+}
+
+/* Telemetry Report v0.5, switch-local header (NProto 2). Times are wall clock, low 32 bits. */
+static __always_inline void put_v05_local(const struct record *record, const struct config *config,
+					  __u32 flags, __u64 ingress_ns, __u64 egress_ns,
+					  __u16 ingress_port, __u16 egress_port)
+{
+	__u8 *bytes = record->bytes;
+
+	put_be32(bytes, V05_NPROTO_LOCAL | flags | record->hw_id);
+	put_be32(bytes + 4, record->sequence);
+	put_be32(bytes + 8, (__u32)(ingress_ns + config->wall_offset_ns));
+	put_be32(bytes + 12, config->node_id);
+	put_be32(bytes + 16, ((__u32)ingress_port << 16) | egress_port);
+	put_be32(bytes + 20, 0); /* queue id and occupancy: the kernel gives TC programs neither */
+	put_be32(bytes + 24, (__u32)(egress_ns + config->wall_offset_ns));
+}
+
+/* Telemetry Report v0.5, drop header (NProto 1). */
+static __always_inline void put_v05_drop(const struct record *record, const struct config *config,
+					 __u32 flags, __u64 ingress_ns, __u16 ingress_port,
+					 __u16 egress_port, __u8 reason)
+{
+	__u8 *bytes = record->bytes;
+
+	put_be32(bytes, V05_NPROTO_DROP | flags | record->hw_id);
+	put_be32(bytes + 4, record->sequence);
+	put_be32(bytes + 8, (__u32)(ingress_ns + config->wall_offset_ns));
+	put_be32(bytes + 12, config->node_id);
+	put_be32(bytes + 16, ((__u32)ingress_port << 16) | egress_port);
+	put_be32(bytes + 20, (__u32)reason << 16);
+}
+
+/* Fold a 64-bit sum of 16-bit words to the ones' complement sum of RFC 1071. */
+static __always_inline __u16 fold_sum(__u64 sum)
+{
+	sum = (sum & 0xffffffff) + (sum >> 32);
+	sum = (sum & 0xffff) + (sum >> 16);
+	sum = (sum & 0xffff) + (sum >> 16);
+	sum = (sum & 0xffff) + (sum >> 16);
+	return (__u16)sum;
+}
+
+/*
+ * Write the tuple as it came in over the one of a packet that was translated since, so that the report shows what
+ * matched. The IPv4 header checksum follows (RFC 1624); the L4 checksum does not: offload leaves it unfinished anyway.
+ */
+static __always_inline void restore_tuple(__u8 *packet, __u32 snapshot_bytes, const struct flow_key *key,
+					  const struct packet_offsets *offsets)
+{
+	__u32 network = offsets->network & 31;
+	__u32 transport = offsets->transport & 127;
+	__u8 *ip = packet + network;
+
+	if (key->family == 4) {
+		__be32 *addresses = (__be32 *)(ip + 12);
+		__u16 *check = (__u16 *)(ip + 10);
+		__u64 sum;
+
+		if (network + 20 > snapshot_bytes)
+			return;
+		sum = (__u16)~*check;
+		sum += (__u32)~addresses[0];
+		sum += (__u32)~addresses[1];
+		sum += key->source[0];
+		sum += key->destination[0];
+		*check = ~fold_sum(sum);
+		addresses[0] = key->source[0];
+		addresses[1] = key->destination[0];
+	} else {
+		if (network + 40 > snapshot_bytes)
+			return;
+		__builtin_memcpy(ip + 8, key->source, 16);
+		__builtin_memcpy(ip + 24, key->destination, 16);
+	}
+	if (key->no_ports || key->protocol == 1 || key->protocol == 58)
+		return;
+	if (offsets->transport <= SNAP_BYTES - 4 && transport + 4 <= snapshot_bytes) {
+		*(__be16 *)(packet + transport) = bpf_htons(key->source_port);
+		*(__be16 *)(packet + transport + 2) = bpf_htons(key->destination_port);
+	}
+}
+
+/*
+ * 1..SNAP_BYTES in a form whose bounds the verifier sees: compared bounds get lost when LLVM merges the comparisons.
+ * Callers have made sure that bytes is in that range.
+ */
+static __always_inline __u32 bounded(__u32 bytes)
+{
+	asm volatile("" : "+r"(bytes));
+	return ((bytes - 1) & (SNAP_BYTES - 1)) + 1;
+}
+
+/* Copy the first bytes of the packet behind the report header; the number of bytes, 0 if none could be read. */
+static __always_inline __u32 put_snapshot(struct __sk_buff *skb, __u8 *to, __u32 snap_length)
+{
+	__u32 bytes = skb->len < snap_length ? skb->len : snap_length;
+
+	if (bytes == 0 || bytes > SNAP_BYTES)
+		return 0;
+	bytes = bounded(bytes);
+	if (bpf_skb_load_bytes(skb, 0, to, bytes) < 0) {
+		count(COUNT_SNAPSHOT_FAILED);
+		return 0;
+	}
+	return bytes;
+}
