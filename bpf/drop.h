@@ -213,10 +213,15 @@ static __always_inline void observe_drop(struct slot *slot, __u64 address, __u32
 		return;
 	if (state == SLOT_EGRESSED && !(reason->flags & DROP_AFTER_EGRESS))
 		return;
-	if (!(classify(&slot->key, &verdict, &side) & CLASSIFY_MATCH)) {
+	if (slot->watchlist) {
+		verdict.action = ACTION_REPORT;
+		verdict.watchlist = slot->watchlist;
+		side = live_side();
+	} else {
+		/* not watched as it came in; as what NAT made of it? */
 		read_tuple(&scratch->key, &dead);
 		key = &scratch->key;
-		if (!(classify(key, &verdict, &side) & CLASSIFY_MATCH))
+		if (!(classify(key, scratch, &verdict, &side, false) & CLASSIFY_MATCH))
 			verdict.action = ACTION_NONE;
 	}
 	slot->skb = 0;

@@ -36,6 +36,12 @@ struct observation {
 	bool translated;       /* the packet no longer carries key */
 };
 
+static __always_inline int parse_packet(struct __sk_buff *skb, struct scratch *scratch)
+{
+	return parse_frame((const __u8 *)(long)skb->data, (const __u8 *)(long)skb->data_end, &scratch->key,
+			   &scratch->offsets);
+}
+
 /* Write a flow or queue report, or count why not. Returns true when it was written. */
 static __always_inline bool write_report(struct __sk_buff *skb, const struct config *config, __u32 side,
 					 const struct policy *policy, const struct observation *seen,
@@ -155,9 +161,9 @@ int ingress(struct __sk_buff *skb)
 
 	if (!config || !config->enabled || !scratch)
 		return TC_ACT_UNSPEC;
-	parsed = parse_packet(skb, &scratch->key, &scratch->offsets);
+	parsed = parse_packet(skb, scratch);
 	if (parsed == 0)
-		flags = classify(&scratch->key, &verdict, &side);
+		flags = classify(&scratch->key, scratch, &verdict, &side, true);
 	else
 		count(parsed == PARSE_NOT_IP ? COUNT_NOT_IP : COUNT_TRUNCATED);
 	address = packet_address(skb, scratch);
@@ -189,16 +195,22 @@ int ingress(struct __sk_buff *skb)
 	return TC_ACT_UNSPEC;
 }
 
-/* The verdict on a packet that leaves: its tuple as it is now first, else as it came in. */
-static __always_inline const struct flow_key *classify_leaving(struct scratch *scratch, const struct slot *slot,
-							       bool parsed, struct verdict *verdict, __u32 *side)
+/*
+ * The verdict on a packet that leaves, into *verdict; returns the tuple that it is about. The tuple as it is now comes
+ * first. Else the verdict that it got on arrival stands, whatever the rules are by now.
+ */
+static __always_inline const struct flow_key *judge_leaving(struct scratch *scratch, const struct slot *slot,
+							    bool parsed, struct verdict *verdict, __u32 *side)
 {
-	if (parsed && (classify(&scratch->key, verdict, side) & CLASSIFY_MATCH))
+	if (parsed && (classify(&scratch->key, scratch, verdict, side, true) & CLASSIFY_MATCH))
 		return &scratch->key;
-	if (slot && (classify(&slot->key, verdict, side) & CLASSIFY_MATCH))
-		return &slot->key;
 	verdict->action = ACTION_NONE;
-	return &scratch->key;
+	if (!slot || !slot->watchlist)
+		return &scratch->key;
+	verdict->action = ACTION_REPORT;
+	verdict->watchlist = slot->watchlist;
+	*side = live_side();
+	return &slot->key;
 }
 
 int egress(struct __sk_buff *skb)
@@ -231,10 +243,10 @@ int egress(struct __sk_buff *skb)
 	/* no slot: either not watched at ingress, or sent by the host itself */
 	if (!mine && skb->ingress_ifindex)
 		return TC_ACT_UNSPEC;
-	parsed = parse_packet(skb, &scratch->key, &scratch->offsets) == 0;
+	parsed = parse_packet(skb, scratch) == 0;
 	if (!parsed && !mine)
 		return TC_ACT_UNSPEC;
-	seen.key = classify_leaving(scratch, mine, parsed, &verdict, &side);
+	seen.key = judge_leaving(scratch, mine, parsed, &verdict, &side);
 	if (verdict.action != ACTION_REPORT) {
 		if (mine) {
 			unwatch_slot(mine);

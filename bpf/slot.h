@@ -6,38 +6,17 @@
  */
 #pragma once
 #include "counters.h"
-#include "parse.h"
+#include "scratch.h"
 
 /* Slab objects are 256 bytes apart, so neighbours get different slots. */
 #define SLOT_SHIFT 8
 #define TAG_NEVER_ZERO 0x8000
-
-enum scratch_user {
-	SCRATCH_TC = 0,
-	SCRATCH_DROP = 1, /* may be interrupted by the TC programs */
-	NR_SCRATCH = 2,
-};
-
-/* Per CPU: what would not fit the verifier's patience on the stack. */
-struct scratch {
-	__u64 address;
-	struct flow_key key;
-	struct packet_offsets offsets;
-	__u32 pad;
-};
-
-PINNED_PERCPU_ARRAY(scratches, struct scratch, NR_SCRATCH);
 
 static __always_inline const struct config *current_config(void)
 {
 	__u32 zero = 0;
 
 	return config.lookup(&zero);
-}
-
-static __always_inline struct scratch *scratch_of(__u32 user)
-{
-	return scratches.lookup(&user);
 }
 
 /*

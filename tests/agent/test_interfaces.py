@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which interfaces are watched: pods and uplinks, nothing that carries other devices' packets."""
+
+import dataclasses
+
+from hostint_agent import interfaces
+
+LOOPBACK = interfaces.Link(1, "lo", None, True, True, False, None)
+NIC = interfaces.Link(2, "eth0", None, True, False, False, None)
+POD = interfaces.Link(10, "veth1a2b", "veth", True, False, True, None)
+BRIDGE = interfaces.Link(20, "cni0", "bridge", True, False, False, None)
+VXLAN = interfaces.Link(21, "flannel.1", "vxlan", True, False, False, None)
+LOCAL_PAIR = interfaces.Link(22, "veth-in", "veth", True, False, False, None)
+
+
+def network(*links: interfaces.Link, addresses=None, default_route=()) -> interfaces.Network:
+    return interfaces.Network(
+        links=links,
+        addresses=addresses or {},
+        local=frozenset(),
+        default_route=frozenset(default_route),
+    )
+
+
+def chosen(*links: interfaces.Link, patterns=interfaces.Patterns(), **facts) -> dict[str, str]:
+    picked = interfaces.choose(network(*links, **facts), patterns)
+    return {interface.name: interface.kind for interface in picked}
+
+
+def test_a_veth_into_another_namespace_is_a_pod():
+    assert chosen(POD) == {"veth1a2b": "pod"}
+
+
+def test_a_veth_pair_within_the_host_is_not_watched():
+    assert chosen(LOCAL_PAIR) == {}
+
+
+def test_what_carries_the_default_route_is_an_uplink():
+    assert chosen(NIC, default_route=[2]) == {"eth0": "uplink"}
+
+
+def test_a_physical_device_with_an_address_is_an_uplink():
+    assert chosen(NIC, addresses={2: ("192.0.2.1",)}) == {"eth0": "uplink"}
+
+
+def test_a_node_that_is_a_namespace_has_a_veth_uplink():
+    assert chosen(POD, default_route=[10]) == {"veth1a2b": "uplink"}
+
+
+def test_the_loopback_is_never_watched():
+    everything = interfaces.Patterns(include=("*",))
+    assert chosen(LOOPBACK, patterns=everything, addresses={1: ("127.0.0.1",)}) == {}
+
+
+def test_devices_that_carry_other_devices_packets_are_not_watched():
+    facts = {"addresses": {20: ("10.244.1.1",), 21: ("10.244.1.0",)}, "default_route": [20, 21]}
+    assert chosen(BRIDGE, VXLAN, **facts) == {}
+
+
+def test_a_bridged_uplink_is_watched_at_its_physical_port():
+    port = dataclasses.replace(NIC, master=20)
+    assert chosen(port, BRIDGE, addresses={20: ("192.0.2.1",)}, default_route=[20]) == {
+        "eth0": "uplink"
+    }
+
+
+def test_an_interface_that_is_down_is_not_watched():
+    assert chosen(dataclasses.replace(POD, is_up=False)) == {}
+
+
+def test_exclude_wins_over_everything():
+    patterns = interfaces.Patterns(include=("veth*",), exclude=("veth1*",))
+    assert chosen(POD, patterns=patterns) == {}
+
+
+def test_include_adds_what_detection_leaves_out():
+    assert chosen(LOCAL_PAIR, patterns=interfaces.Patterns(include=("veth-*",))) == {
+        "veth-in": "uplink"
+    }
