@@ -211,9 +211,9 @@ def _delete_filter(netlink: Any, ifindex: int, direction: Direction) -> None:
     )
 
 
-def remove_filters(netlink: Any, ifindex: int) -> list[str]:
+def remove_filters(netlink: Any, ifindex: int) -> list[Direction]:
     """Remove our clsact filters from one interface, nothing else; the directions that had one."""
-    removed = []
+    removed: list[Direction] = []
     for direction in DIRECTIONS:
         if any(f.is_ours for f in _filters(netlink, ifindex, direction)):
             _delete_filter(netlink, ifindex, direction)

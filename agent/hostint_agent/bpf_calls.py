@@ -161,9 +161,10 @@ class Map:
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
-        kind, _, self.key_bytes, self.value_bytes, self.max_entries = struct.unpack_from(
-            "=IIIII", _info(fd, 80)
-        )
+        kind, _, key_bytes, value_bytes, max_entries = struct.unpack_from("=IIIII", _info(fd, 80))
+        self.key_bytes = int(key_bytes)
+        self.value_bytes = int(value_bytes)
+        self.max_entries = int(max_entries)
         self.cpus = possible_cpus() if kind in PERCPU_TYPES else 1
         self.stride = (self.value_bytes + 7) // 8 * 8
         self._key = ctypes.create_string_buffer(self.key_bytes)

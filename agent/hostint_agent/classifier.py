@@ -43,6 +43,11 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 PortRange = tuple[int, int]
 
 
+def host_network(address: str) -> Network:
+    """The network of one address. Raises ValueError."""
+    return ipaddress.ip_network(address)
+
+
 class LimitExceeded(Exception):
     """The rules do not fit a table; says which, how much was needed, and how much there is."""
 

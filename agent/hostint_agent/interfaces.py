@@ -152,8 +152,8 @@ class Changes:
 
     def wait(self, timeout_s: float, wake_up: Sequence[int] = ()) -> bool:
         """Wait until something changed or a descriptor of `wake_up` is readable; False at the time-out."""
-        ready, _, _ = select.select([self._socket, *wake_up], [], [], timeout_s)
-        if self._socket in ready:
+        ready, _, _ = select.select([self._socket.fileno(), *wake_up], [], [], timeout_s)
+        if self._socket.fileno() in ready:
             self._drain()
         return bool(ready)
 

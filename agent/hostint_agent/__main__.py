@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `hostint-agent`."""
+
+import argparse
+import asyncio
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from hostint_agent import (
+    agent,
+    bpf_calls,
+    check,
+    counters,
+    http,
+    interfaces,
+    kernel,
+    loader,
+    logs,
+    settings,
+    standalone,
+    unload,
+)
+from hostint_api import NodeConfigSpec
+
+log = structlog.get_logger()
+
+_NEEDS = "needs CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON (run as root, or give the container these capabilities)"
+_BPF_FS_MAGIC = "bpf"
+
+
+class StartError(Exception):
+    """The agent cannot start; says why, and what to do."""
+
+
+def ensure_bpffs(pin_dir: Path) -> None:
+    """Make `pin_dir` a directory of a bpffs, mounting one if there is none and we may. Raises StartError."""
+    base = pin_dir
+    while not base.exists():
+        base = base.parent
+    if _is_bpffs(base):
+        return _make(pin_dir)
+    mount_point = Path("/sys/fs/bpf")
+    hint = f"mount one with: mount -t bpf bpf {mount_point}"
+    if mount_point not in (pin_dir, *pin_dir.parents):
+        raise StartError(
+            f"pin directory {pin_dir} is not in a bpffs; choose one below {mount_point}"
+        )
+    mounted = subprocess.run(
+        ["mount", "-t", "bpf", "bpf", str(mount_point)],  # noqa: S607 (the system's mount)
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if mounted.returncode:
+        raise StartError(f"no bpffs at {mount_point}: {mounted.stderr.strip()}; {hint}")
+    return _make(pin_dir)
+
+
+def _is_bpffs(path: Path) -> bool:
+    best, kind = -1, ""
+    for line in Path("/proc/self/mounts").read_text().splitlines():
+        _, point, fstype, *_ = line.split()
+        inside = path == Path(point) or Path(point) in path.parents
+        if inside and len(point) >= best:
+            best, kind = len(point), fstype
+    return kind == _BPF_FS_MAGIC
+
+
+def _make(pin_dir: Path) -> None:
+    try:
+        pin_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StartError(
+            f"pin directory {pin_dir}: {error.strerror}; the agent {_NEEDS}"
+        ) from error
+
+
+def start(process: agent.Agent) -> None:
+    """Bring the datapath up. Raises StartError."""
+    try:
+        process.start()
+    except PermissionError as error:
+        raise StartError(f"{error.filename}: {error.strerror}; the agent {_NEEDS}") from error
+    except (loader.LoadError, kernel.KernelError) as error:
+        words = f"; the agent {_NEEDS}" if "not permitted" in str(error) else ""
+        raise StartError(f"{error}{words}") from error
+    except OSError as error:
+        raise StartError(f"{error.filename or 'datapath'}: {error.strerror}") from error
+
+
+async def _until_stopped(*tasks: Coroutine[Any, Any, None]) -> None:
+    """Run until SIGTERM or SIGINT; a task that fails ends the process."""
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopped.set)
+    async with asyncio.TaskGroup() as group:
+        running = [group.create_task(task) for task in tasks]
+        await stopped.wait()
+        for task in running:
+            task.cancel()
+
+
+async def _apply_latest(process: agent.Agent, queue: "asyncio.Queue[agent.Wanted]") -> None:
+    """Make configurations live one after the other; of several that wait, the last."""
+    while True:
+        wanted = await queue.get()
+        while not queue.empty():
+            wanted = queue.get_nowait()
+        await process.apply(wanted)
+
+
+async def run_in_cluster(chosen: settings.Settings) -> None:
+    """`hostint-agent run`."""
+    from hostint_agent import cluster  # 40 MB that the standalone mode does not need
+
+    queue: asyncio.Queue[agent.Wanted] = asyncio.Queue()
+    async with cluster.connect(chosen.kubeconfig) as api:
+        config = cluster.NodeConfig(api, chosen.node, queue.put_nowait)
+        process = agent.Agent(chosen)
+        writer = cluster.StatusWriter(config, process.status)
+        process.on_status = writer.poke
+        await asyncio.to_thread(start, process)
+        log.info("agent started", node=chosen.node, version=agent.VERSION)
+        try:
+            async with process.serve():
+                await _until_stopped(
+                    config.watch(),
+                    _apply_latest(process, queue),
+                    writer.run(),
+                    process.keep_time(),
+                )
+        finally:
+            await asyncio.to_thread(process.stop)
+            log.info("agent stopped, the datapath goes on", node=chosen.node)
+
+
+async def run_standalone(chosen: settings.Settings, paths: Sequence[Path], node_id: int) -> None:
+    """`hostint-agent standalone`."""
+    try:
+        spec = standalone.compile_files(paths, node_id)
+    except standalone.InvalidFiles as error:
+        raise StartError(str(error)) from error
+    queue: asyncio.Queue[agent.Wanted] = asyncio.Queue()
+    generation = 0
+
+    def hand_over(spec: NodeConfigSpec) -> None:
+        nonlocal generation
+        generation += 1
+        queue.put_nowait(agent.Wanted(spec, generation))
+
+    process = agent.Agent(chosen)
+    await asyncio.to_thread(start, process)
+    try:
+        hand_over(spec)
+        async with process.serve():
+            log.info("agent started", node=chosen.node, version=agent.VERSION)
+            await _until_stopped(
+                standalone.follow(paths, node_id, hand_over),
+                _apply_latest(process, queue),
+                process.keep_time(),
+            )
+    finally:
+        await asyncio.to_thread(process.stop)
+
+
+def _node_id(text: str) -> int:
+    """A number, or an IPv4 address. Raises argparse.ArgumentTypeError."""
+    try:
+        return standalone.parse_node_id(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hostint-agent",
+        description="Report what this node does to watched packets, as INT telemetry reports.",
+    )
+    parser.add_argument("--version", action="version", version=f"hostint-agent {agent.VERSION}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="follow this node's IntNodeConfig (in a cluster)")
+    settings.add_agent_options(run, environment, settings.DEFAULT_HTTP)
+    run.add_argument(
+        "--kubeconfig", type=Path, help="default: the pod's own service account", metavar="FILE"
+    )
+
+    alone = commands.add_parser("standalone", help="the same objects from files, no Kubernetes")
+    settings.add_agent_options(alone, environment, settings.DEFAULT_STANDALONE_HTTP)
+    alone.add_argument(
+        "files", nargs="+", type=Path, metavar="FILE", help="YAML, read again on change"
+    )
+    alone.add_argument(
+        "--node-id",
+        type=_node_id,
+        metavar="ID",
+        help="node id of the reports, a number or IPv4 address (default: the node's first IPv4 address)",
+    )
+    alone.add_argument(
+        "--keep", action="store_true", help="leave the datapath loaded at the end (default: unload)"
+    )
+
+    checked = commands.add_parser("check", help="validate objects as the API server would")
+    checked.add_argument("files", nargs="+", type=Path, metavar="FILE")
+
+    for name, words in (
+        ("unload", "remove every program, map and link of ours, and nothing else"),
+        ("counters", "print the datapath's counters as JSON"),
+    ):
+        settings.add_options(commands.add_parser(name, help=words), environment)
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    chosen = settings.from_options(options)
+    ensure_bpffs(chosen.pin_dir)
+    asyncio.run(run_in_cluster(chosen))
+    return 0
+
+
+def _standalone(options: argparse.Namespace) -> int:
+    chosen = settings.from_options(options)
+    standalone.check_files(options.files)
+    ensure_bpffs(chosen.pin_dir)
+    node_id = options.node_id
+    if node_id is None:
+        node_id = standalone.default_node_id(interfaces.read_network())
+    try:
+        asyncio.run(run_standalone(chosen, options.files, node_id))
+    finally:
+        if not options.keep:
+            unload.unload(chosen.pin_dir)
+            log.info("datapath unloaded")
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    return check.run(options.files)
+
+
+def _unload(options: argparse.Namespace) -> int:
+    removed = unload.unload(options.pin_dir)
+    print(*removed or ["nothing of ours is loaded"], sep="\n")  # noqa: T201
+    return 0
+
+
+def _counters(options: argparse.Namespace) -> int:
+    maps = loader.current(options.pin_dir, options.bpf_dir) / "maps"
+    try:
+        opened = counters.Counters(maps)
+    except bpf_calls.BpfError as error:
+        raise StartError(f"no datapath is loaded at {options.pin_dir}: {error.strerror}") from error
+    pending = opened.pending()
+    watchlists = {
+        str(i): c | {"pending": pending.get(i, 0)}
+        for i in range(1, 256)
+        if (c := opened.watchlist(i))["watched"]
+    }
+    told = {
+        "watchlists": watchlists,
+        "datapath": opened.datapath(),
+        "drops": opened.drops(kernel.drop_reason_names()),
+    }
+    print(json.dumps(told, indent=2))  # noqa: T201
+    return 0
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "run": _run,
+    "standalone": _standalone,
+    "check": _check,
+    "unload": _unload,
+    "counters": _counters,
+}
+
+
+def _innermost(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; exit status 0, 1 when it could not do its work, 2 for wrong usage."""
+    options = _parser(settings.environment()).parse_args(arguments)
+    try:
+        logs.configure(
+            getattr(options, "log_level", "info"), getattr(options, "log_format", "auto")
+        )
+        return _COMMANDS[options.command](options)
+    except Exception as error:  # noqa: BLE001 (the last place; everything is told, nothing swallowed)
+        cause = _innermost(error)
+        if isinstance(cause, StartError | http.HttpError | ValueError | OSError) or (
+            type(cause).__name__ in ("SetupError", "InvalidFiles")
+        ):
+            print(f"hostint-agent: {cause}", file=sys.stderr)  # noqa: T201
+            return 1
+        log.exception("agent failed", error=str(cause))
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

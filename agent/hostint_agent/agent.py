@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The agent process: brings the datapath up, makes configurations live, and knows how all of it is doing."""
+
+import asyncio
+import dataclasses
+import importlib.metadata
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import structlog
+from prometheus_client import core
+
+from hostint_agent import (
+    attach,
+    classifier,
+    counters,
+    exporter,
+    http,
+    kernel,
+    last_good,
+    loader,
+    metrics,
+    node_rules,
+    settings,
+    tables,
+    topology,
+)
+from hostint_api import CollectorState, NodeConfigSpec, NodeConfigStatus, WatchlistState
+
+VERSION = importlib.metadata.version("hostint")
+_CLOCK_INTERVAL_S = 1.0
+_MAX_MESSAGE = 256
+
+log = structlog.get_logger()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Wanted:
+    """A configuration to make live; `spec` None: there is none, nothing is watched."""
+
+    spec: NodeConfigSpec | None
+    generation: int
+
+
+class Agent:
+    """The datapath of one node, from load to status. Call `start` once, then `apply` as often as there is something new."""
+
+    def __init__(self, chosen: settings.Settings) -> None:
+        """Nothing happens yet. Raises kernel.KernelError."""
+        self._settings = chosen
+        # called, in the event loop, whenever `status` may say something else
+        self.on_status: Callable[[], None] = lambda: None
+        self._loop = asyncio.get_running_loop()
+        self._live: Wanted | None = None
+        self._answered: Wanted | None = None
+        self._refusal: str | None = None
+        self._config_errors = 0
+        self._program = node_rules.build(NodeConfigSpec(node_id=0))
+        self._names = kernel.drop_reason_names()
+
+    def start(self) -> None:
+        """Load, configure, attach. Blocks for a second or two when something must be compiled.
+
+        Raises loader.LoadError, kernel.KernelError or OSError.
+        """
+        chosen = self._settings
+        directory = loader.load(chosen.pin_dir, chosen.bpf_dir)
+        maps = directory / "maps"
+        self._tables = tables.Tables(maps)
+        self._counters = counters.Counters(maps)
+        self._exporter = exporter.Exporter(maps)
+        self._config = kernel.DatapathConfig(maps)
+        self._attacher = attach.Attacher(
+            chosen.pin_dir,
+            directory,
+            patterns=chosen.patterns,
+            mode=chosen.mode,
+            on_change=self._attachments_changed,
+        )
+        good = last_good.load(chosen.state_dir)
+        if good:
+            places = (good.watchlists, good.collectors)
+            self._program = dataclasses.replace(
+                self._program, watchlist_indexes=places[0], collector_indexes=places[1]
+            )
+        self._config.configure(good.spec.node_id if good and good.spec else 0)
+        self._exporter.start()
+        if good and good.spec:
+            self._commit(Wanted(good.spec, good.generation))
+        self._attacher.start()
+        self._config.set_enabled(True)
+        _remove_other_layouts(chosen.pin_dir, directory)
+
+    def stop(self) -> None:
+        """Send what waits and let go; the datapath stays as it is."""
+        self._attacher.stop()
+        self._exporter.stop()
+
+    async def apply(self, wanted: Wanted) -> bool:
+        """Make a configuration live, or keep the one that is and remember why. True if it went live."""
+        try:
+            await asyncio.to_thread(self._commit, wanted)
+        except classifier.LimitExceeded as error:
+            self._config_errors += 1
+            self._refusal = f"TooManyRules: {error}"
+            log.error("configuration refused", generation=wanted.generation, error=str(error))
+        else:
+            self._refusal = None
+            log.info(
+                "rules replaced",
+                generation=wanted.generation,
+                rules=len(self._program.rules),
+                watchlists=len(self._program.watchlist_indexes.names),
+            )
+        self._answered = wanted
+        self.on_status()
+        return self._refusal is None
+
+    def _commit(self, wanted: Wanted) -> None:
+        before = self._program
+        spec = wanted.spec or NodeConfigSpec(node_id=0)
+        program = node_rules.build(spec, before.watchlist_indexes, before.collector_indexes)
+        image = classifier.compile_rules(program.rules)
+        self._counters.reset(program.fresh_watchlists)
+        if wanted.spec:
+            self._config.set_node_id(spec.node_id)
+        # destinations first: no report may wait for a collector that is not known yet
+        self._exporter.set_destinations(program.destinations)
+        self._tables.commit(image, program.policies, program.collectors)
+        self._program = program
+        self._live = wanted
+        good = last_good.LastGood(
+            wanted.spec, wanted.generation, program.watchlist_indexes, program.collector_indexes
+        )
+        last_good.save(self._settings.state_dir, good)
+
+    async def keep_time(self) -> None:
+        """Follow the wall clock, and notice when a collector's health changes."""
+        before: dict[str, exporter.Health] = {}
+        while True:
+            await asyncio.sleep(_CLOCK_INTERVAL_S)
+            self._config.refresh_wall_offset()
+            health = self._exporter.health()
+            told = {name: (h.reachable, h.reason) for name, h in health.items()}
+            if told != {name: (h.reachable, h.reason) for name, h in before.items()}:
+                self._tell_collectors(before, health)
+                self.on_status()
+            before = health
+
+    def _tell_collectors(
+        self, before: dict[str, exporter.Health], now: dict[str, exporter.Health]
+    ) -> None:
+        for name, health in now.items():
+            was = before.get(name)
+            if not health.reachable and (was is None or was.reachable):
+                log.warning("collector not reachable", collector=name, error=health.message)
+            elif health.reachable and was is not None and not was.reachable:
+                log.info("collector reachable again", collector=name)
+
+    def _attachments_changed(self, _: attach.State) -> None:
+        self._loop.call_soon_threadsafe(lambda: self.on_status())
+
+    def _trouble(self) -> tuple[str, str] | None:
+        """(reason, words) of what keeps every watchlist from being ready on this node."""
+        if self._refusal:
+            reason, _, message = self._refusal.partition(": ")
+            return reason, message
+        state = self._attacher.state()
+        if state.error:
+            return "InterfacesUnknown", state.error
+        if state.failed:
+            first = state.failed[0]
+            return "AttachFailed", f"interface {first.interface.name}: {first.error}"
+        if not state.attachments:
+            return "NoInterfaces", "no interface of this node is watched"
+        return None
+
+    def status(self) -> NodeConfigStatus | None:
+        """What is to be said of the last configuration; None before there was one."""
+        answered = self._answered
+        if answered is None:
+            return None
+        trouble = self._trouble()
+        reason, message = trouble or ("Programmed", "")
+        live = self._live.spec if self._live else None
+        states = answered.spec.watchlists if answered.spec else ()
+        generations = {w.name: w.generation for w in live.watchlists} if live else {}
+        return NodeConfigStatus(
+            observed_generation=answered.generation,
+            observed_digest=answered.spec.digest if answered.spec else "",
+            agent_version=VERSION,
+            watchlists=tuple(
+                WatchlistState(
+                    name=w.name,
+                    generation=w.generation,
+                    ready=trouble is None and generations.get(w.name) == w.generation,
+                    reason=reason,
+                    message=message[:_MAX_MESSAGE],
+                )
+                for w in states
+            ),
+            collectors=tuple(
+                CollectorState(
+                    name=name,
+                    reachable=health.reachable,
+                    reason=health.reason if not health.reachable else "Reachable",
+                    message="" if health.reachable else health.message[:_MAX_MESSAGE],
+                )
+                for name, health in sorted(self._exporter.health().items())
+            ),
+        )
+
+    def not_ready(self) -> str | None:
+        """Why this agent is not ready, or None."""
+        if self._answered is None and self._live is None:
+            return "no configuration yet"
+        state = self._attacher.state()
+        return f"interfaces: {state.error}" if state.error else None
+
+    def topology(self) -> dict[str, Any]:
+        """Port ids and interfaces."""
+        spec = self._live.spec if self._live else None
+        node_id = spec.node_id if spec else 0
+        return topology.document(self._settings.node, node_id, self._attacher.state())
+
+    def metrics(self) -> Iterable[core.Metric]:
+        """All metric families now."""
+        state = self._attacher.state()
+        exported = self._exporter.counters()
+        collectors = self._program.collector_indexes.names
+        return metrics.families(
+            metrics.Snapshot(
+                version=VERSION,
+                watchlists={
+                    name: self._counters.watchlist(index)
+                    for name, index in self._program.watchlist_indexes.names.items()
+                },
+                datapath=self._counters.datapath(),
+                drops=self._counters.drops(self._names),
+                exported={name: exported.get(i, (0, 0)) for name, i in collectors.items()},
+                rings=self._exporter.fill(),
+                attached=len(state.attachments) - len(state.failed),
+                not_attached=len(state.failed),
+                rules=len(self._program.rules),
+                generation=self._tables.generation,
+                config_errors=self._config_errors,
+            )
+        )
+
+    def serve(self) -> Any:
+        """The HTTP server, as an asynchronous context."""
+        return http.serve(
+            self._settings.http,
+            metrics=self.metrics,
+            not_ready=self.not_ready,
+            topology=self.topology,
+        )
+
+
+def _remove_other_layouts(pin_dir: Path, directory: Path) -> None:
+    """Unpin what an agent with other maps left; its programs are attached nowhere any more."""
+    for other in pin_dir.iterdir():
+        if other.is_dir() and other.name != "links" and other != directory:
+            shutil.rmtree(other)
+            log.info("older datapath removed", layout=other.name)

@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""This node's IntNodeConfig: watch exactly that object, write exactly its status. The only module that knows kubernetes."""
+
+import asyncio
+import contextlib
+import json
+import random
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pydantic
+import structlog
+from kubernetes.aio import client as kubernetes_client
+from kubernetes.aio import config as kubernetes_config
+
+from hostint_agent.agent import Wanted
+from hostint_api import NodeConfigSpec, NodeConfigStatus, model, names
+
+PATH = f"/apis/{names.API_VERSION}/{names.NODE_CONFIGS}"
+_APPLY = "application/apply-patch+yaml"
+_REQUEST_TIMEOUT_S = 15.0
+_WATCH_TIMEOUT_S = 3600.0
+# bookmarks come about once a minute; a watch that says nothing for longer is dead
+SILENCE_S = 90.0
+_FIRST_BACKOFF_S, _LAST_BACKOFF_S = 0.5, 30.0
+_GONE = 410
+
+log = structlog.get_logger()
+
+
+class ApiError(Exception):
+    """A request that did not succeed; status 0 where there was no answer."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(f"{status}: {message}" if status else message)
+        self.status = status
+
+
+class SetupError(Exception):
+    """There are no usable credentials; says which were looked for."""
+
+
+@contextlib.asynccontextmanager
+async def connect(kubeconfig: Path | None) -> AsyncIterator["Api"]:
+    """Open a client: with the pod's own service account, or with a kubeconfig. Raises SetupError."""
+    configuration = kubernetes_client.Configuration()
+    try:
+        if kubeconfig is None:
+            kubernetes_config.load_incluster_config(configuration)  # type: ignore[no-untyped-call]
+        else:
+            await kubernetes_config.load_kube_config(  # type: ignore[no-untyped-call]
+                str(kubeconfig), client_configuration=configuration, persist_config=False
+            )
+    except (kubernetes_config.ConfigException, OSError) as error:
+        where = f"kubeconfig '{kubeconfig}'" if kubeconfig else "the pod's service account"
+        raise SetupError(f"{where}: {error}") from error
+    async with kubernetes_client.ApiClient(configuration) as client:
+        yield Api(client)
+
+
+class Api:
+    """Requests to the API server."""
+
+    def __init__(self, client: kubernetes_client.ApiClient) -> None:
+        self._client = client
+
+    @contextlib.asynccontextmanager
+    async def open(
+        self, method: str, path: str, query: dict[str, str], body: Any = None, timeout_s: float = 0
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """Send a request. Raises ApiError, also for what happens to the answer while it is read."""
+        headers = {"Accept": "application/json"} | ({"Content-Type": _APPLY} if body else {})
+        try:
+            request = await self._client.param_serialize(
+                method,
+                path,
+                query_params=list(query.items()),
+                header_params=headers,
+                body=body,
+                auth_settings=["BearerToken"],
+            )
+            answer = await self._client.call_api(
+                *request, _request_timeout=timeout_s or _REQUEST_TIMEOUT_S
+            )
+            async with answer.response as response:
+                if response.status >= 300:
+                    raise ApiError(response.status, (await response.text())[:300])
+                yield response
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise ApiError(0, str(error) or type(error).__name__) from error
+
+
+class Backoff:
+    """Exponential, with jitter, so that thousands of agents do not come back together."""
+
+    def __init__(self) -> None:
+        self._delay_s = _FIRST_BACKOFF_S
+
+    def reset(self) -> None:
+        """What went wrong is over."""
+        self._delay_s = _FIRST_BACKOFF_S
+
+    async def sleep(self) -> None:
+        """Wait, and longer the next time."""
+        await asyncio.sleep(self._delay_s * random.uniform(0.5, 1.5))  # noqa: S311
+        self._delay_s = min(self._delay_s * 2, _LAST_BACKOFF_S)
+
+
+class NodeConfig:
+    """The object named like this node."""
+
+    def __init__(self, api: Api, node: str, on_config: Callable[[Wanted], None]) -> None:
+        self._api = api
+        self._node = node
+        self._on_config = on_config
+        self._broken = False
+        self._last: tuple[str | None, int] | None = None
+        self.invalid: str | None = None
+
+    async def watch(self) -> None:
+        """Hand over every configuration, and its absence once that is certain; until cancelled."""
+        version: str | None = None
+        backoff = Backoff()
+        while True:
+            try:
+                if version is None:
+                    version = await self._list()
+                async for seen in self._events(version):
+                    version = seen
+                    backoff.reset()
+                    self._note(None)
+                await asyncio.sleep(random.uniform(0.02, 0.1))  # noqa: S311
+            except ApiError as error:
+                if error.status == _GONE:
+                    version = None
+                self._note(error)
+                await backoff.sleep()
+            except ValueError as error:
+                version = None
+                self._note(error)
+                await backoff.sleep()
+
+    def _note(self, error: Exception | None) -> None:
+        """Tell the first failure of a row, and its end."""
+        if (error is not None) != self._broken:
+            self._broken = error is not None
+            if error:
+                log.warning("api server not reachable, retrying", error=str(error))
+            else:
+                log.info("api server reachable again")
+
+    @property
+    def _selector(self) -> dict[str, str]:
+        return {"fieldSelector": f"metadata.name={self._node}"}
+
+    async def _list(self) -> str:
+        async with self._api.open("GET", PATH, self._selector) as response:
+            page = json.loads(await response.read())
+        items = page["items"]
+        self._take(items[0] if items else None)
+        self._note(None)
+        return str(page["metadata"]["resourceVersion"])
+
+    async def _events(self, version: str) -> AsyncIterator[str]:
+        query = self._selector | {
+            "watch": "true",
+            "resourceVersion": version,
+            "allowWatchBookmarks": "true",
+            "timeoutSeconds": str(random.randint(240, 480)),  # noqa: S311
+        }
+        async with self._api.open("GET", PATH, query, timeout_s=_WATCH_TIMEOUT_S) as response:
+            while True:
+                async with asyncio.timeout(SILENCE_S):
+                    line = await response.content.readline()
+                if not line:
+                    return
+                event = json.loads(line)
+                if event["type"] == "ERROR":
+                    raise ApiError(
+                        event["object"].get("code", 0), event["object"].get("message", "")
+                    )
+                if event["type"] != "BOOKMARK":
+                    self._take(None if event["type"] == "DELETED" else event["object"])
+                yield str(event["object"]["metadata"]["resourceVersion"])
+
+    def _take(self, item: dict[str, Any] | None) -> None:
+        """Hand over what is new; an object that does not make sense is told and changes nothing."""
+        if item is None:
+            seen: tuple[str | None, int] = (None, 0)
+        else:
+            seen = (item["metadata"]["uid"], item["metadata"]["generation"])
+        if seen == self._last:
+            return
+        self._last = seen
+        if item is None:
+            self._on_config(Wanted(None, 0))
+            return
+        try:
+            spec = NodeConfigSpec.model_validate(item["spec"])
+        except (pydantic.ValidationError, KeyError) as error:
+            wrong = (
+                model.problems(error, "spec")
+                if isinstance(error, pydantic.ValidationError)
+                else ["spec: Required value"]
+            )
+            log.error("configuration not usable", node=self._node, generation=seen[1], error=wrong)
+            return
+        self._on_config(Wanted(spec, seen[1]))
+
+    async def write_status(self, status: NodeConfigStatus) -> None:
+        """Server-side apply the whole status. Raises ApiError."""
+        body = {
+            "apiVersion": names.API_VERSION,
+            "kind": names.NODE_CONFIG_KIND,
+            "metadata": {"name": self._node},
+            "status": status.model_dump(mode="json", by_alias=True),
+        }
+        query = {"fieldManager": names.AGENT_MANAGER, "force": "true"}
+        path = f"{PATH}/{self._node}/status"
+        async with self._api.open("PATCH", path, query, body) as response:
+            await response.read()
+
+
+class StatusWriter:
+    """Writes the status when it has changed, and again until it is written."""
+
+    def __init__(self, config: NodeConfig, status: Callable[[], NodeConfigStatus | None]) -> None:
+        self._config = config
+        self._status = status
+        self._changed = asyncio.Event()
+
+    def poke(self) -> None:
+        """The status may say something else now."""
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Write until cancelled."""
+        written: NodeConfigStatus | None = None
+        backoff, failing = Backoff(), False
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            status = self._status()
+            if status is None or status == written or not status.observed_digest:
+                continue
+            try:
+                await self._config.write_status(status)
+            except ApiError as error:
+                if not failing:
+                    log.warning("status not written, retrying", error=str(error))
+                failing = True
+                await backoff.sleep()
+                self._changed.set()
+            else:
+                written, failing = status, False
+                backoff.reset()

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The agent's settings: command line options, each with an environment variable, and their defaults."""
+
+import argparse
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from hostint_agent import attach, interfaces, loader
+
+DEFAULT_PIN_DIR = "/sys/fs/bpf/hostint"
+DEFAULT_STATE_DIR = "/var/lib/hostint"
+DEFAULT_HTTP = "0.0.0.0:9464"
+DEFAULT_STANDALONE_HTTP = "127.0.0.1:9464"
+LogFormat = Literal["auto", "json", "console"]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What an agent process was told at its start."""
+
+    node: str
+    pin_dir: Path
+    bpf_dir: Path
+    state_dir: Path
+    http: tuple[str, int] | None
+    patterns: interfaces.Patterns
+    mode: attach.Mode
+    log_level: str
+    log_format: LogFormat
+    kubeconfig: Path | None = None
+
+
+def parse_listen(text: str) -> tuple[str, int] | None:
+    """HOST:PORT, or `none`. Raises ValueError."""
+    if text == "none":
+        return None
+    host, separator, port = text.rpartition(":")
+    if not separator or not port.isdecimal() or int(port) > 65535:
+        raise ValueError(f"'{text}' is not HOST:PORT or none")
+    return host.strip("[]") or "0.0.0.0", int(port)  # noqa: S104 (what an empty host means everywhere)
+
+
+def _listen(text: str) -> tuple[str, int] | None:
+    try:
+        return parse_listen(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def add_options(parser: argparse.ArgumentParser, environment: Mapping[str, str]) -> None:
+    """Options of every subcommand that works with the datapath."""
+
+    def option(flag: str, variable: str, default: str, help_text: str, **more: object) -> None:
+        parser.add_argument(
+            flag,
+            default=environment.get(variable, default),
+            help=f"{help_text} (env {variable}; default: {default or 'none'})",
+            **more,  # type: ignore[arg-type]
+        )
+
+    option("--pin-dir", "HOSTINT_PIN_DIR", DEFAULT_PIN_DIR, "bpffs directory of ours", type=Path)
+    option(
+        "--bpf-dir",
+        "HOSTINT_BPF_DIR",
+        str(loader.default_bpf_dir()),
+        "where the C sources are",
+        type=Path,
+    )
+    option("--log-level", "HOSTINT_LOG_LEVEL", "info", "debug, info, warning or error")
+    option(
+        "--log-format",
+        "HOSTINT_LOG_FORMAT",
+        "auto",
+        "json, console, or auto: console on a terminal",
+        choices=get_args(LogFormat),
+    )
+
+
+def add_agent_options(
+    parser: argparse.ArgumentParser, environment: Mapping[str, str], http: str
+) -> None:
+    """Options of `run` and `standalone`."""
+    add_options(parser, environment)
+    parser.add_argument(
+        "--node",
+        default=environment.get("NODE_NAME", socket.gethostname()),
+        help="name of this node (env NODE_NAME; default: the host name)",
+    )
+    parser.add_argument(
+        "--state-dir",
+        type=Path,
+        default=environment.get("HOSTINT_STATE_DIR", DEFAULT_STATE_DIR),
+        help=f"where the last good configuration is kept (env HOSTINT_STATE_DIR; default: {DEFAULT_STATE_DIR})",
+    )
+    parser.add_argument(
+        "--http",
+        type=_listen,
+        default=environment.get("HOSTINT_HTTP", http),
+        metavar="HOST:PORT|none",
+        help=f"metrics, health and topology (env HOSTINT_HTTP; default: {http})",
+    )
+    for flag, words in (("include", "also watch"), ("exclude", "never watch")):
+        parser.add_argument(
+            f"--{flag}-interfaces",
+            type=_names,
+            default=environment.get(f"HOSTINT_{flag.upper()}_INTERFACES", ""),
+            metavar="PATTERNS",
+            help=f"{words} interfaces of these names, shell patterns with commas between "
+            f"(env HOSTINT_{flag.upper()}_INTERFACES)",
+        )
+    parser.add_argument(
+        "--attach",
+        choices=get_args(attach.Mode),
+        default=environment.get("HOSTINT_ATTACH", "auto"),
+        help="tcx, clsact, or auto: clsact where the kernel has no tcx (env HOSTINT_ATTACH; default: auto)",
+    )
+
+
+def from_options(options: argparse.Namespace) -> Settings:
+    """The settings that parsed options mean."""
+    return Settings(
+        node=options.node,
+        pin_dir=options.pin_dir,
+        bpf_dir=options.bpf_dir,
+        state_dir=options.state_dir,
+        http=options.http,
+        patterns=interfaces.Patterns(options.include_interfaces, options.exclude_interfaces),
+        mode=options.attach,
+        log_level=options.log_level,
+        log_format=options.log_format,
+        kubeconfig=getattr(options, "kubeconfig", None),
+    )
+
+
+def environment() -> Mapping[str, str]:
+    """The process's environment."""
+    return os.environ

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Watched flows are reported by every node they cross, as they are; others are not."""
+
+import statistics
+
+import pytest
+
+from tests.lab import scene as scenes
+from tests.lab import traffic
+
+pytestmark = pytest.mark.lab
+PODS = "source: {cidrs: [10.244.0.0/16, 'fd44::/16']}, destination: {cidrs: [10.244.0.0/16, 'fd44::/16']}"
+
+
+@pytest.fixture(scope="module", params=["routed", "bridged"])
+def scene(request):
+    with scenes.scene(request.param) as built:
+        yield built
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_tcp_is_reported_by_both_nodes_and_the_reply_on_its_own(scene, version):
+    scene.watch(scenes.watchlist(f"protocol: TCP, {PODS}"))
+    client, server = scene.pods()
+    here, there = client.ip(version), server.ip(version)
+    with traffic.tcp_echo(server.namespace, there, 8080):
+        port = traffic.tcp_exchange(client.namespace, there, 8080)
+    for node in scene.nodes:
+        forth = {"sourceAddress": here, "sourcePort": port, "destinationAddress": there}
+        back = {"sourceAddress": there, "destinationAddress": here, "destinationPort": port}
+        assert scene.wait_reports(node, protocol="TCP", destinationPort=8080, **forth)
+        assert scene.wait_reports(node, protocol="TCP", sourcePort=8080, **back)
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_udp_is_reported_with_the_ports_it_went_through(scene, version):
+    scene.watch(scenes.watchlist(f"protocol: UDP, {PODS}"))
+    client, server = scene.pods()
+    with traffic.udp_sink(server.namespace, server.ip(version), 5353):
+        source_port = traffic.send_udp(client.namespace, server.ip(version), 5353)
+        first, last = scene.nodes
+        ways = ((first, client.interface, "eth0"), (last, "eth0", server.interface))
+        for node, ingress, egress in ways:
+            report = scene.wait_reports(node, sourcePort=source_port, destinationPort=5353)[0]
+            assert report["ingressPort"] == node.port(ingress)
+            assert report["egressPort"] == node.port(egress)
+            assert report["inner"]["protocol"] == "UDP"
+            assert report["flags"] == {"d": False, "q": False, "f": True}
+
+
+@pytest.mark.parametrize(("version", "protocol"), [(4, "ICMP"), (6, "ICMPv6")])
+def test_ping_is_reported_with_its_answer(scene, version, protocol):
+    scene.watch(scenes.watchlist(f"protocol: {protocol}, {PODS}"))
+    client, server = scene.pods()
+    assert traffic.ping(client.namespace, server.ip(version))
+    request, answer = (8, 0) if version == 4 else (128, 129)
+    for node in scene.nodes:
+        assert scene.wait_reports(node, protocol=protocol, icmpType=request)
+        assert scene.wait_reports(node, protocol=protocol, icmpType=answer)
+
+
+def test_unwatched_flows_on_the_same_nodes_are_not_reported(scene):
+    scene.watch(
+        scenes.watchlist(
+            "protocol: UDP, destination: {cidrs: [10.244.2.10/32], ports: [{port: 4000}]}"
+        )
+    )
+    client, server = scene.pods()
+    with traffic.udp_sink(server.namespace, server.address, 4000):
+        traffic.send_udp(client.namespace, server.address, 4001, count=20)
+        traffic.send_udp(client.namespace, server.address6, 4000, count=20)
+        assert traffic.ping(client.namespace, server.address)
+        traffic.send_udp(client.namespace, server.address, 4000)
+        for node in scene.nodes:
+            scene.wait_reports(node, destinationPort=4000)
+    scene.quiet()
+    tuples = {
+        (r["inner"]["destinationAddress"], r["inner"]["destinationPort"])
+        for r in scene.collector.records()
+    }
+    assert tuples == {(server.address, 4000)}
+
+
+def test_a_flow_between_pods_of_one_node_is_reported_by_that_node_alone(scene):
+    scene.watch(scenes.watchlist(f"protocol: UDP, {PODS}"))
+    node = scene.nodes[0]
+    client, server = node.pods
+    with traffic.udp_sink(server.namespace, server.address, 4000):
+        traffic.send_udp(client.namespace, server.address, 4000)
+        report = scene.wait_reports(node, destinationPort=4000)[0]
+    assert report["ingressPort"] == node.port(client.interface)
+    assert report["egressPort"] == node.port(server.interface)
+    assert not scene.reports(scene.nodes[1], destinationPort=4000)
+
+
+def test_hop_latency_is_what_packet_timestamps_say(scene):
+    """20 % and 20 us off at most, as the median over 100 packets: captures take their stamps a little elsewhere."""
+    scene.watch(scenes.watchlist(f"protocol: UDP, {PODS}", "interval: 10ms, latencyChange: 1ns"))
+    client, server = scene.pods()
+    node = scene.nodes[0]
+    before = traffic.Capture(node.namespace, client.interface)
+    after = traffic.Capture(node.namespace, "eth0")
+    with traffic.udp_sink(server.namespace, server.address, 4000):
+        traffic.send_udp(client.namespace, server.address, 4000, count=100, pause_s=0.012)
+        reports = scene.wait_reports(node, 90, destinationPort=4000)
+    came, left = before.seen(), after.seen()
+    before.close()
+    after.close()
+    measured = [left[n] - came[n] for n in came if n in left]
+    assert len(measured) >= 90
+    reported = statistics.median(r["hopLatency"] for r in reports)
+    truth = statistics.median(measured)
+    assert abs(reported - truth) <= 0.2 * truth + 20_000, (reported, truth)
+
+
+def test_what_the_host_sends_and_takes_has_port_0_on_its_side(scene):
+    scene.watch(
+        scenes.watchlist(
+            "source: {cidrs: [10.99.0.11/32]}, destination: {cidrs: [10.244.0.0/16]}, bidirectional: true"
+        )
+    )
+    node, (client, server) = scene.nodes[0], scene.pods()
+    with traffic.tcp_echo(server.namespace, server.address, 8080):
+        port = traffic.tcp_exchange(node.namespace, server.address, 8080)
+    sent = scene.wait_reports(node, sourcePort=port, destinationPort=8080)[0]
+    assert (sent["ingressPort"], sent["egressPort"]) == (0, node.port("eth0"))
+    taken = scene.wait_reports(node, sourcePort=8080, destinationPort=port)[0]
+    assert (taken["ingressPort"], taken["egressPort"]) == (node.port("eth0"), 0)
+    assert sent["hopLatency"] == taken["hopLatency"] == 0
+
+
+def test_every_packet_is_accounted_for(scene):
+    scene.watch(scenes.watchlist(f"protocol: UDP, {PODS}", "interval: 100ms"))
+    client, server = scene.pods()
+    before = [agent.settled().counters["watched"] for agent in scene.agents]
+    with traffic.udp_sink(server.namespace, server.address, 4000):
+        traffic.send_udp(client.namespace, server.address, 4000, count=2000)
+        scene.quiet()
+        for agent, watched in zip(scene.agents, before, strict=True):
+            found = agent.settled()
+            assert found.watched_difference == 0, found
+            assert found.drops_difference == 0, found
+            assert found.counters["watched"] - watched == 2000
+    assert scene.collector.lost == 0
+    assert scene.collector.malformed == 0
