@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures that need a real Kubernetes, made once a test run."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.testcluster import Cluster, ControlPlane, images
+
+
+@pytest.fixture(scope="session")
+def api_server() -> Iterator[ControlPlane]:
+    """The control plane alone: etcd, API server, controller manager."""
+    directory = Path(tempfile.mkdtemp(prefix="hostint-plane-"))
+    with ControlPlane(directory) as plane:
+        yield plane
+
+
+@pytest.fixture(scope="session")
+def cluster(pytestconfig: pytest.Config) -> Iterator[Cluster]:
+    """Two nodes with our images loaded; nothing is deployed."""
+    capture = pytestconfig.pluginmanager.getplugin("capturemanager")
+
+    def say(text: str) -> None:
+        with capture.global_and_fixture_disabled():
+            print(f"\n{text}", flush=True)
+
+    os.environ.setdefault("NO_COLOR", "1")
+    with Cluster(wanted_images=images.build_all(say), say=say) as running:
+        yield running
