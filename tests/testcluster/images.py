@@ -116,25 +116,17 @@ def build(name: str, say: Callable[[str], None] = print) -> Image:
     """Build `Dockerfile.<name>` as hostint-<name>; unchanged layers are reused."""
     ensure_base(say)
     tag = f"hostint-{name}:{VERSION}"
-    trust = [
-        "--volume",
-        f"{_CERTIFICATES}:{_CERTIFICATES}:ro",
-        "--env",
-        f"PIP_CERT={_CERTIFICATES}",
-    ]
-    done = _podman(
-        *("build", "--isolation=chroot", "--network=host", "--layers", "--pull=never", *trust),
-        *(
-            "--unsetenv",
-            "PIP_CERT",
-            "-t",
-            f"docker.io/library/{tag}",
-            "-f",
-            f"Dockerfile.{name}",
-            ".",
-        ),
-        cwd=_ROOT,
-    )
+    with tempfile.TemporaryDirectory() as scratch:
+        # whom pip trusts on this machine, for the build only
+        configuration = Path(scratch) / "pip.conf"
+        configuration.write_text(f"[global]\ncert = {_CERTIFICATES_INSIDE}\n")
+        done = _podman(
+            *("build", "--isolation=chroot", "--network=host", "--layers", "--pull=never"),
+            *("--volume", f"{_CERTIFICATES}:{_CERTIFICATES_INSIDE}:ro"),
+            *("--volume", f"{configuration}:/etc/pip.conf:ro"),
+            *("-t", f"docker.io/library/{tag}", "-f", f"Dockerfile.{name}", "."),
+            cwd=_ROOT,
+        )
     if done.returncode:
         raise RuntimeError(f"building {tag}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
     digest = _podman("image", "inspect", "--format", "{{.Id}}", tag).stdout.strip()

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole path on a real Kubernetes: what must hold, and the demo."""
