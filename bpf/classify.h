@@ -206,6 +206,8 @@ static __always_inline __u32 lowest_bit(__u64 word)
 {
 	__u64 below = (word & -word) - 1;
 
+	/* newer LLVM would see what this is about and put a table into .rodata, which BPF programs of bcc cannot have */
+	asm volatile("" : "+r"(below));
 	below = below - ((below >> 1) & 0x5555555555555555ULL);
 	below = (below & 0x3333333333333333ULL) + ((below >> 2) & 0x3333333333333333ULL);
 	below = (below + (below >> 4)) & 0x0f0f0f0f0f0f0f0fULL;

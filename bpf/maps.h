@@ -30,5 +30,3 @@ PINNED_MMAPABLE(export_counters, struct export_counter, MAX_COLLECTORS);
 PINNED_PERCPU_ARRAY(watchlist_counters, struct watchlist_counters, MAX_WATCHLISTS);
 PINNED_PERCPU_ARRAY(datapath_counters, __u64, NR_DATAPATH_COUNTERS);
 PINNED_PERCPU_ARRAY(drop_counters, __u64, DROP_REASONS);
-/* digest of the sources that were compiled; written last by the loader */
-PINNED_ARRAY(build, struct build, 1);

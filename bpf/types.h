@@ -169,11 +169,6 @@ struct address {
 	__be32 word[4];
 };
 
-/* Which sources the pinned programs were made from: SHA-256. */
-struct build {
-	__u8 digest[32];
-};
-
 /* Kept by the exporter, per collector. */
 struct export_counter {
 	__u64 sent;

@@ -3,11 +3,15 @@
 
 import argparse
 import asyncio
+import contextlib
+import fcntl
 import json
+import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+import time
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +37,8 @@ log = structlog.get_logger()
 
 _NEEDS = "needs CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON (run as root, or give the container these capabilities)"
 _BPF_FS_MAGIC = "bpf"
+# an agent that is being replaced needs up to two seconds to end
+_LOCK_WAIT_S = 3.0
 
 
 class StartError(Exception):
@@ -80,6 +86,27 @@ def _make(pin_dir: Path) -> None:
         raise StartError(
             f"pin directory {pin_dir}: {error.strerror}; the agent {_NEEDS}"
         ) from error
+
+
+@contextlib.contextmanager
+def _alone(pin_dir: Path) -> Iterator[None]:
+    """Be the only process that works with this pin directory; two would send every report twice. Raises StartError."""
+    directory = os.open(pin_dir, os.O_RDONLY | os.O_DIRECTORY)
+    deadline = time.monotonic() + _LOCK_WAIT_S
+    try:
+        while True:
+            try:
+                fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise StartError(
+                        f"pin directory {pin_dir} is in use by another hostint-agent; stop that one first"
+                    ) from None
+            time.sleep(0.1)
+        yield
+    finally:
+        os.close(directory)
 
 
 def start(process: agent.Agent) -> None:
@@ -142,12 +169,10 @@ async def run_in_cluster(chosen: settings.Settings) -> None:
             log.info("agent stopped, the datapath goes on", node=chosen.node)
 
 
-async def run_standalone(chosen: settings.Settings, paths: Sequence[Path], node_id: int) -> None:
-    """`hostint-agent standalone`."""
-    try:
-        spec = standalone.compile_files(paths, node_id)
-    except standalone.InvalidFiles as error:
-        raise StartError(str(error)) from error
+async def run_standalone(
+    chosen: settings.Settings, paths: Sequence[Path], node_id: int, spec: NodeConfigSpec
+) -> None:
+    """`hostint-agent standalone`; `spec` is what the files make at the start."""
     queue: asyncio.Queue[agent.Wanted] = asyncio.Queue()
     generation = 0
 
@@ -156,7 +181,7 @@ async def run_standalone(chosen: settings.Settings, paths: Sequence[Path], node_
         generation += 1
         queue.put_nowait(agent.Wanted(spec, generation))
 
-    process = agent.Agent(chosen)
+    process = agent.Agent(chosen, resume=False)
     await asyncio.to_thread(start, process)
     try:
         hand_over(spec)
@@ -222,23 +247,25 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> int:
     chosen = settings.from_options(options)
     ensure_bpffs(chosen.pin_dir)
-    asyncio.run(run_in_cluster(chosen))
+    with _alone(chosen.pin_dir):
+        asyncio.run(run_in_cluster(chosen))
     return 0
 
 
 def _standalone(options: argparse.Namespace) -> int:
     chosen = settings.from_options(options)
-    standalone.check_files(options.files)
-    ensure_bpffs(chosen.pin_dir)
     node_id = options.node_id
     if node_id is None:
         node_id = standalone.default_node_id(interfaces.read_network())
-    try:
-        asyncio.run(run_standalone(chosen, options.files, node_id))
-    finally:
-        if not options.keep:
-            unload.unload(chosen.pin_dir)
-            log.info("datapath unloaded")
+    spec = standalone.compile_files(options.files, node_id)
+    ensure_bpffs(chosen.pin_dir)
+    with _alone(chosen.pin_dir):
+        try:
+            asyncio.run(run_standalone(chosen, options.files, node_id, spec))
+        finally:
+            if not options.keep:
+                unload.unload(chosen.pin_dir)
+                log.info("datapath unloaded")
     return 0
 
 
@@ -247,7 +274,11 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _unload(options: argparse.Namespace) -> int:
-    removed = unload.unload(options.pin_dir)
+    if options.pin_dir.is_dir():
+        with _alone(options.pin_dir):
+            removed = unload.unload(options.pin_dir)
+    else:
+        removed = unload.unload(options.pin_dir)
     print(*removed or ["nothing of ours is loaded"], sep="\n")  # noqa: T201
     return 0
 
@@ -292,11 +323,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; exit status 0, 1 when it could not do its work, 2 for wrong usage."""
     options = _parser(settings.environment()).parse_args(arguments)
     try:
+        # before the event loop listens for it, SIGTERM ends us as Ctrl-C does: with what was loaded taken away again
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         logs.configure(
             getattr(options, "log_level", "info"), getattr(options, "log_format", "auto")
         )
         return _COMMANDS[options.command](options)
-    except Exception as error:  # noqa: BLE001 (the last place; everything is told, nothing swallowed)
+    except KeyboardInterrupt:
+        return 0
+    except Exception as error:  # the last place; everything is told, nothing swallowed
         cause = _innermost(error)
         if isinstance(cause, StartError | http.HttpError | ValueError | OSError) or (
             type(cause).__name__ in ("SetupError", "InvalidFiles")

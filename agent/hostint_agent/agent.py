@@ -5,7 +5,7 @@ import asyncio
 import dataclasses
 import importlib.metadata
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,15 @@ from hostint_agent import (
     settings,
     tables,
     topology,
+    unload,
 )
-from hostint_api import CollectorState, NodeConfigSpec, NodeConfigStatus, WatchlistState
+from hostint_api import (
+    CollectorState,
+    NodeConfigSpec,
+    NodeConfigStatus,
+    NodeWatchlist,
+    WatchlistState,
+)
 
 VERSION = importlib.metadata.version("hostint")
 _CLOCK_INTERVAL_S = 1.0
@@ -47,9 +54,10 @@ class Wanted:
 class Agent:
     """The datapath of one node, from load to status. Call `start` once, then `apply` as often as there is something new."""
 
-    def __init__(self, chosen: settings.Settings) -> None:
-        """Nothing happens yet. Raises kernel.KernelError."""
+    def __init__(self, chosen: settings.Settings, *, resume: bool = True) -> None:
+        """Nothing happens yet. `resume`: begin with the last good configuration, from disk. Raises kernel.KernelError."""
         self._settings = chosen
+        self._resume = resume
         # called, in the event loop, whenever `status` may say something else
         self.on_status: Callable[[], None] = lambda: None
         self._loop = asyncio.get_running_loop()
@@ -87,11 +95,11 @@ class Agent:
             )
         self._config.configure(good.spec.node_id if good and good.spec else 0)
         self._exporter.start()
-        if good and good.spec:
+        if self._resume and good and good.spec:
             self._commit(Wanted(good.spec, good.generation))
         self._attacher.start()
         self._config.set_enabled(True)
-        _remove_other_layouts(chosen.pin_dir, directory)
+        _retire_other_builds(chosen.pin_dir, directory, self._program.destinations)
 
     def stop(self) -> None:
         """Send what waits and let go; the datapath stays as it is."""
@@ -183,24 +191,12 @@ class Agent:
         if answered is None:
             return None
         trouble = self._trouble()
-        reason, message = trouble or ("Programmed", "")
-        live = self._live.spec if self._live else None
         states = answered.spec.watchlists if answered.spec else ()
-        generations = {w.name: w.generation for w in live.watchlists} if live else {}
         return NodeConfigStatus(
             observed_generation=answered.generation,
             observed_digest=answered.spec.digest if answered.spec else "",
             agent_version=VERSION,
-            watchlists=tuple(
-                WatchlistState(
-                    name=w.name,
-                    generation=w.generation,
-                    ready=trouble is None and generations.get(w.name) == w.generation,
-                    reason=reason,
-                    message=message[:_MAX_MESSAGE],
-                )
-                for w in states
-            ),
+            watchlists=tuple(self._watchlist_state(w, trouble) for w in states),
             collectors=tuple(
                 CollectorState(
                     name=name,
@@ -211,6 +207,25 @@ class Agent:
                 for name, health in sorted(self._exporter.health().items())
             ),
         )
+
+    def _watchlist_state(
+        self, watchlist: NodeWatchlist, trouble: tuple[str, str] | None
+    ) -> WatchlistState:
+        if trouble is None and watchlist.collector not in self._program.collector_indexes.names:
+            words = f"collector '{watchlist.collector}' is not among this node's collectors"
+            trouble = ("CollectorNotFound", words)
+        reason, message = trouble or ("Programmed", "")
+        return WatchlistState(
+            name=watchlist.name,
+            generation=watchlist.generation,
+            ready=trouble is None,
+            reason=reason,
+            message=message[:_MAX_MESSAGE],
+        )
+
+    def not_alive(self) -> str | None:
+        """Why this process must be started anew, or None."""
+        return None if self._exporter.alive else "the export thread has ended"
 
     def not_ready(self) -> str | None:
         """Why this agent is not ready, or None."""
@@ -254,14 +269,26 @@ class Agent:
         return http.serve(
             self._settings.http,
             metrics=self.metrics,
+            not_alive=self.not_alive,
             not_ready=self.not_ready,
             topology=self.topology,
         )
 
 
-def _remove_other_layouts(pin_dir: Path, directory: Path) -> None:
-    """Unpin what an agent with other maps left; its programs are attached nowhere any more."""
-    for other in pin_dir.iterdir():
-        if other.is_dir() and other.name != "links" and other != directory:
-            shutil.rmtree(other)
-            log.info("older datapath removed", layout=other.name)
+def _retire_other_builds(
+    pin_dir: Path, directory: Path, destinations: Mapping[int, node_rules.Destination]
+) -> None:
+    """Send what the rings of another version's programs still hold, then unpin them: they are attached nowhere any more."""
+    for other in unload.builds(pin_dir):
+        if other == directory:
+            continue
+        try:
+            left = exporter.Exporter(other / "maps")
+            left.set_destinations(destinations)
+            left.stop()
+        except OSError as error:
+            log.warning(
+                "reports of the older datapath not sent", build=other.name, error=str(error)
+            )
+        shutil.rmtree(other)
+        log.info("older datapath removed", build=other.name)

@@ -309,7 +309,7 @@ class Attacher:
         mode: Mode,
         on_change: Callable[[State], None],
     ) -> None:
-        """`directory` is `PIN/<layout>` as the loader returned it. Raises bpf_calls.BpfError."""
+        """`directory` is `PIN/<build>` as the loader returned it. Raises bpf_calls.BpfError."""
         links = pin_dir / "links"
         links.mkdir(parents=True, exist_ok=True)
         programs = directory / "programs"

@@ -213,12 +213,6 @@ class Address(ctypes.Structure):
     _fields_ = (("word", ctypes.c_uint32 * 4),)
 
 
-class Build(ctypes.Structure):
-    """SHA-256 of the sources that the pinned programs were made from."""
-
-    _fields_ = (("digest", ctypes.c_uint8 * 32),)
-
-
 class ExportCounter(ctypes.Structure):
     """Reports sent and failed, per collector."""
 

@@ -117,7 +117,6 @@ class NodeConfig:
         self._on_config = on_config
         self._broken = False
         self._last: tuple[str | None, int] | None = None
-        self.invalid: str | None = None
 
     async def watch(self) -> None:
         """Hand over every configuration, and its absence once that is certain; until cancelled."""
@@ -127,11 +126,14 @@ class NodeConfig:
             try:
                 if version is None:
                     version = await self._list()
+                before = version
                 async for seen in self._events(version):
                     version = seen
                     backoff.reset()
                     self._note(None)
-                await asyncio.sleep(random.uniform(0.02, 0.1))  # noqa: S311
+                # a server that ends every watch at once is in trouble, and not to be asked without pause
+                if version == before:
+                    await backoff.sleep()
             except ApiError as error:
                 if error.status == _GONE:
                     version = None

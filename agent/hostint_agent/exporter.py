@@ -2,7 +2,8 @@
 """Drain the report rings and send what is in them: batches of equal length by UDP_SEGMENT, in a thread of its own.
 
 A record is finished wire bytes, and report_iovs is an iovec array already, so that a batch is one system call and no byte is
-touched here. The consumer position is in a pinned map: another process goes on where this one stops.
+touched here. The consumer position is in a pinned map: another process goes on where this one stops. One that was killed may have
+sent up to 64 records whose position it did not write any more: these are sent twice, with the same sequence numbers.
 """
 
 import ctypes
@@ -31,10 +32,16 @@ _MAX_SEGMENTS = 64
 _MAX_BATCH_BYTES = 65_000
 _CHUNK = 1024
 _MIN_WAIT_S, _MAX_WAIT_S = 0.002, 0.05
+_STOP_S = 1.5
 # with more CPUs several rings share a hw id, and only we can number its reports
 HW_IDS_PER_KIND = 32
-# how long an error colours what we say of a collector
+# a collector is believed again when a report has gone without error this long after the last one: ICMP errors are rate-limited
 _ERROR_MEMORY_S = 10.0
+# longer than a program needs from taking a sequence number to handing over the record
+_SETTLE_S = 0.002
+_MASK32 = (1 << 32) - 1
+# of the sequence number in a record: big endian in every format there is
+_SEQUENCE_OFFSET = 4
 _NO_SEGMENTS = (errno.EIO, errno.EINVAL, errno.EOPNOTSUPP, errno.EMSGSIZE)
 
 log = structlog.get_logger()
@@ -66,7 +73,9 @@ class _MessageHeader(ctypes.Structure):
 class Sender:
     """A connected UDP socket to one collector."""
 
-    def __init__(self, destination: Destination) -> None:
+    def __init__(
+        self, destination: Destination, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         """Connect. Raises OSError (no route)."""
         self.destination = destination
         family = socket.AF_INET6 if ":" in destination.address else socket.AF_INET
@@ -86,7 +95,9 @@ class Sender:
         self._control = ctypes.create_string_buffer(control, 24)
         self._segment_bytes = ctypes.c_uint16.from_buffer(self._control, 16)
         self._header = _MessageHeader()
-        self.last_error: tuple[float, int] | None = None
+        self._clock = clock
+        self._last_error: tuple[float, int] | None = None
+        self._last_success = 0.0
 
     def _mark(self, family: int, tos: int) -> None:
         if family == socket.AF_INET:
@@ -110,7 +121,10 @@ class Sender:
                 self._segments, most = False, 1
                 continue
             if code:
+                self._last_error = (self._clock(), code)
                 failed += batch
+            else:
+                self._last_success = self._clock()
             sent += batch
         return failed
 
@@ -127,18 +141,22 @@ class Sender:
             code = ctypes.get_errno()
             if code == errno.EINTR:
                 continue
-            if code not in _NO_SEGMENTS:
-                self.last_error = (time.monotonic(), code)
             if code != errno.ECONNREFUSED:
                 return code
+            self._last_error = (self._clock(), code)
         return code
 
-    def health(self, now: float) -> Health:
-        """Reachable, unless there was an error lately."""
+    def health(self) -> Health:
+        """Reachable, unless there was an error and no report has gone well since."""
         where = f"{self.destination.address}:{self.destination.port}"
-        if self.last_error is None or now - self.last_error[0] > _ERROR_MEMORY_S:
+        # what came back for the last report, before there is another one that would meet it
+        code = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            self._last_error = (self._clock(), code)
+        error = self._last_error
+        if error is None or self._last_success - error[0] > _ERROR_MEMORY_S:
             return Health(True, "Sending", f"reports go to {where}")
-        code = self.last_error[1]
+        code = error[1]
         reason = "PortUnreachable" if code == errno.ECONNREFUSED else "SendFailed"
         words = os.strerror(code).lower()
         if code == errno.ECONNREFUSED:
@@ -186,6 +204,74 @@ class _Rings:
         return [ctypes.c_uint64.from_address(address + stride * i) for i in range(count)]
 
 
+class _Numbering:
+    """Sequence numbers where several rings share a hw id.
+
+    The shared number is the sum of the rings' own numbers, so that a gap in one of them is a gap in it, and so that another
+    process finds the same numbers: they follow from the maps alone. Records are numbered in a copy.
+    """
+
+    def __init__(self, maps: Path, rings: _Rings) -> None:
+        self._rings = rings
+        opened = bpf_calls.Map.open(maps / "sequences")
+        data = opened.values()
+        opened.close()
+        taken = struct.unpack(f"={len(data) // 8}Q", data)
+        time.sleep(_SETTLE_S)
+        # the last number that was sent, by (ring, collector)
+        self._last = {
+            divmod(index, bpf_types.MAX_COLLECTORS): number & _MASK32
+            for index, number in enumerate(taken)
+            if number
+        }
+        for ring in range(rings.count):
+            self._before_what_waits(ring)
+        self._total: dict[tuple[int, int], int] = {}
+        for (ring, collector), number in self._last.items():
+            key = (_shared(ring), collector)
+            self._total[key] = self._total.get(key, 0) + number
+        self._copies = ctypes.create_string_buffer(rings.stride * _CHUNK)
+        self._iov = (ctypes.c_uint64 * (2 * _CHUNK))()
+        for index in range(_CHUNK):
+            self._iov[2 * index] = ctypes.addressof(self._copies) + rings.stride * index
+
+    def _before_what_waits(self, ring: int) -> None:
+        tail, head = self._rings.tails[ring].value, self._rings.heads[ring].value
+        seen = set()
+        for position in range(tail, head):
+            index = ring * self._rings.size + position % self._rings.size
+            collector = int(self._rings.collectors[index])
+            if collector not in seen:
+                seen.add(collector)
+                self._last[ring, collector] = (self._own_number(index) - 1) & _MASK32
+
+    def _own_number(self, index: int) -> int:
+        address = self._rings.records + self._rings.stride * index + _SEQUENCE_OFFSET
+        return int.from_bytes(ctypes.string_at(address, 4), "big")
+
+    def copy(self, first: int, count: int, length: int, collector: int) -> int:
+        """Number a run of one ring's records; the address of the iovec of the copies."""
+        ring, stride = first // self._rings.size, self._rings.stride
+        key = (_shared(ring), collector)
+        last, total = self._last.get((ring, collector), 0), self._total.get(key, 0)
+        for place in range(count):
+            own = self._own_number(first + place)
+            total += (own - last) & _MASK32
+            last = own
+            copy = ctypes.addressof(self._copies) + stride * place
+            ctypes.memmove(copy, self._rings.records + stride * (first + place), length)
+            ctypes.memmove(copy + _SEQUENCE_OFFSET, struct.pack("!I", total & _MASK32), 4)
+            self._iov[2 * place + 1] = length
+        self._last[ring, collector], self._total[key] = last, total
+        return ctypes.addressof(self._iov)
+
+
+def _shared(ring: int) -> int:
+    """The hw id that a ring writes under."""
+    cpu, kind = divmod(ring, bpf_types.RINGS_PER_CPU)
+    return cpu % HW_IDS_PER_KIND + HW_IDS_PER_KIND * kind
+
+
 class Exporter:
     """Sends until stopped; `set_destinations` may be called at any time from any thread."""
 
@@ -199,11 +285,13 @@ class Exporter:
         """Map the rings below `maps`. `renumber` None: by the number of CPUs. Raises bpf_calls.BpfError."""
         self._rings = _Rings(maps)
         cpus = bpf_calls.possible_cpus()
-        self._renumber = cpus > HW_IDS_PER_KIND if renumber is None else renumber
-        self._sequences: dict[tuple[int, int], int] = {}
+        renumber = cpus > HW_IDS_PER_KIND if renumber is None else renumber
+        self._numbering = _Numbering(maps, self._rings) if renumber else None
         self._clock = clock
         self._lock = threading.Lock()
         self._wanted: Mapping[int, Destination] = {}
+        # those that were wanted once, as long as their index is nobody else's: what waits for them still goes there
+        self._known: dict[int, Destination] = {}
         self._senders: dict[int, Sender] = {}
         self._connect_errors: dict[int, tuple[float, str]] = {}
         self._stopping = threading.Event()
@@ -213,29 +301,40 @@ class Exporter:
         """Begin to send."""
         self._thread.start()
 
+    @property
+    def alive(self) -> bool:
+        """False when the thread has ended though nobody stopped it."""
+        return self._thread.is_alive()
+
     def stop(self) -> None:
-        """Send what is in the rings now, then stop."""
+        """Stop, and send what is in the rings now; of use without `start` as well."""
         self._stopping.set()
         if self._thread.is_alive():
-            self._thread.join(5)
+            self._thread.join(_STOP_S)
         with self._lock:
+            self._drain_present()
             for sender in self._senders.values():
                 sender.close()
             self._senders.clear()
 
     def set_destinations(self, wanted: Mapping[int, Destination]) -> None:
-        """Where the reports of each collector index go from now on, those that wait in the rings included."""
+        """Where reports go from now on, by collector index.
+
+        What waits in the rings still goes where its index led before; so do later reports for an index that is wanted no more.
+        """
         with self._lock:
+            if any(self._known.get(i, new) != new for i, new in wanted.items()):
+                self._drain_present()
             for index, sender in list(self._senders.items()):
-                if wanted.get(index) != sender.destination:
+                if wanted.get(index, sender.destination) != sender.destination:
                     sender.close()
                     del self._senders[index]
             self._wanted = dict(wanted)
+            self._known |= wanted
             self._connect_errors.clear()
 
     def health(self) -> dict[str, Health]:
         """How each collector is doing, by name."""
-        now = self._clock()
         with self._lock:
             told = {}
             for index, destination in self._wanted.items():
@@ -245,7 +344,7 @@ class Exporter:
                         False, "NoRoute", self._connect_errors[index][1]
                     )
                 elif sender:
-                    told[destination.name] = sender.health(now)
+                    told[destination.name] = sender.health()
                 else:
                     where = f"{destination.address}:{destination.port}"
                     told[destination.name] = Health(True, "Idle", f"no report for {where} yet")
@@ -270,13 +369,18 @@ class Exporter:
             else:
                 self._stopping.wait(wait)
                 wait = min(wait * 2, _MAX_WAIT_S)
-        while self.poll():
-            pass
 
     def poll(self) -> int:
         """Send what waits, at most one chunk of each ring; how many records were taken."""
         with self._lock:
             return sum([self._drain(ring) for ring in range(self._rings.count)])
+
+    def _drain_present(self) -> None:
+        """Send what waits now, not what comes meanwhile: traffic need not end for this to."""
+        for ring, head in enumerate(self._rings.heads):
+            end = head.value
+            while self._rings.tails[ring].value < end:
+                self._drain(ring)
 
     def _drain(self, ring: int) -> int:
         rings = self._rings
@@ -293,44 +397,35 @@ class Exporter:
         while begin < count:
             end = _run_end(lengths, collectors, begin)
             self._send(first + begin, end - begin, lengths[begin], collectors[begin])
+            # only now: a process that dies before this sends again rather than not at all
+            rings.tails[ring].value = tail + end
             begin = end
-        # only now: a process that dies before this sends again rather than not at all
-        rings.tails[ring].value = tail + count
         return count
 
     def _send(self, first: int, count: int, length: int, collector: int) -> None:
-        if self._renumber:
-            self._number(first, count, collector)
-        sender = self._sender(collector)
-        failed = (
-            count if sender is None else sender.send(self._rings.iov + 16 * first, count, length)
-        )
+        sound = 0 < length <= self._rings.stride
+        iov = self._rings.iov + 16 * first
+        if self._numbering and sound:
+            iov = self._numbering.copy(first, count, length, collector)
+        sender = self._sender(collector) if sound else None
+        failed = count if sender is None else sender.send(iov, count, length)
         counter = self._rings.counters[collector % bpf_types.MAX_COLLECTORS]
         counter.sent += count - failed
         counter.failed += failed
-
-    def _number(self, first: int, count: int, collector: int) -> None:
-        """Write the sequence numbers of several rings that share a hw id (v0.5: byte 3 and bytes 4 to 7)."""
-        for index in range(first, first + count):
-            record = self._rings.records + self._rings.stride * index
-            hw_id = ctypes.c_uint8.from_address(record + 3).value & 63
-            number = (self._sequences.get((hw_id, collector), 0) + 1) & 0xFFFFFFFF
-            self._sequences[hw_id, collector] = number
-            ctypes.memmove(record + 4, struct.pack("!I", number), 4)
 
     def _sender(self, collector: int) -> Sender | None:
         """The socket of a collector, made when first needed; None while there is no way to it."""
         sender = self._senders.get(collector)
         if sender is not None:
             return sender
-        destination = self._wanted.get(collector)
+        destination = self._known.get(collector)
         if destination is None:
             return None
         error = self._connect_errors.get(collector)
         if error and self._clock() - error[0] < 1.0:
             return None
         try:
-            sender = Sender(destination)
+            sender = Sender(destination, self._clock)
         except OSError as failure:
             where = f"{destination.address}:{destination.port}"
             words = f"{where}: {(failure.strerror or str(failure)).lower()}"
@@ -345,11 +440,10 @@ class Exporter:
 
 
 def _run_end(lengths: list[int], collectors: list[int], begin: int) -> int:
-    """End of the run of records from `begin` on that go to one collector and are equally long."""
-    length, collector, count = lengths[begin], collectors[begin], len(lengths)
-    if begin == 0 and lengths.count(length) == count and collectors.count(collector) == count:
-        return count
+    """End of the run of at most 64 records from `begin` on that go to one collector and are equally long."""
+    length, collector = lengths[begin], collectors[begin]
     end = begin + 1
-    while end < count and lengths[end] == length and collectors[end] == collector:
+    limit = min(begin + _MAX_SEGMENTS, len(lengths))
+    while end < limit and lengths[end] == length and collectors[end] == collector:
         end += 1
     return end

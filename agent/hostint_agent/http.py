@@ -25,15 +25,20 @@ class Collector:
         return self._collect()
 
 
+def _health(trouble: str | None) -> web.Response:
+    return web.Response(text=f"{trouble or 'ok'}\n", status=503 if trouble else 200)
+
+
 @contextlib.asynccontextmanager
 async def serve(
     listen: tuple[str, int] | None,
     *,
     metrics: Callable[[], Iterable[core.Metric]],
+    not_alive: Callable[[], str | None],
     not_ready: Callable[[], str | None],
     topology: Callable[[], dict[str, Any]],
 ) -> AsyncIterator[None]:
-    """Serve until left; `not_ready` says why not, or None. Raises HttpError."""
+    """Serve until left; `not_alive` and `not_ready` say why not, or None. Raises HttpError."""
     if listen is None:
         yield
         return
@@ -47,11 +52,10 @@ async def serve(
         )
 
     async def get_healthz(_: web.Request) -> web.Response:
-        return web.Response(text="ok\n")
+        return _health(not_alive())
 
     async def get_readyz(_: web.Request) -> web.Response:
-        reason = not_ready()
-        return web.Response(text=f"{reason or 'ok'}\n", status=503 if reason else 200)
+        return _health(not_ready())
 
     async def get_topology(_: web.Request) -> web.Response:
         return web.json_response(topology())

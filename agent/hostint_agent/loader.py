@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compile the datapath with bcc, load it, pin it, exit. The only module that knows bcc; it runs as a process of its own.
 
-Pins: `PIN/<layout>/maps/<map>`, `PIN/<layout>/programs/<program>`. Attaching is `attach`'s business.
+Pins: `PIN/<build>/maps/<map>`, `PIN/<build>/programs/<program>`. Attaching is `attach`'s business.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import hashlib
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -21,13 +21,12 @@ from hostint_agent import bpf_calls
 PROGRAMS = ("ingress", "egress", "drop")
 MAIN_SOURCE = "int_host.c"
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([\w.]+)"\s*$')
-_MAP_DECLARATION = re.compile(r"^PINNED_\w+\(.*\);", re.MULTILINE)
 _MAX_RING_RECORDS = 16384
 _MIN_RING_RECORDS = 512
 _RING_RECORDS_TOTAL = 65536
 _LOAD_TIMEOUT_S = 120
 
-# bcc rewrites map access by these declarations; ":" and a path behind the type pin the map there, or take over the one that is
+# bcc rewrites map access by these declarations; ":" and a path behind the type pin the map there
 _PRELUDE = """
 #define PINNED_ARRAY(name, leaf, n) BPF_F_TABLE("array:" PIN_MAPS #name, u32, leaf, name, n, 0)
 #define PINNED_MMAPABLE(name, leaf, n) BPF_F_TABLE("array:" PIN_MAPS #name, u32, leaf, name, n, 1024)
@@ -46,8 +45,7 @@ class Source:
 
     text: str
     defines: tuple[str, ...]
-    layout: str
-    digest: bytes
+    build: str
 
 
 def default_bpf_dir() -> Path:
@@ -93,46 +91,35 @@ def read_source(bpf_dir: Path, cpus: int | None = None) -> Source:
     )
     try:
         text = "\n".join(_inline(bpf_dir / MAIN_SOURCE, set()))
-        types = (bpf_dir / "types.h").read_text()
     except OSError as error:
         raise LoadError(f"bpf sources: {error.filename}: {error.strerror}") from error
-    identity = " ".join(defines)
-    declarations = "\n".join(_MAP_DECLARATION.findall(text))
-    layout = hashlib.sha256((types + declarations + identity).encode()).hexdigest()[:12]
-    digest = hashlib.sha256((text + identity + _PRELUDE).encode()).digest()
-    return Source(text=text, defines=defines, layout=layout, digest=digest)
+    digest = hashlib.sha256((text + " ".join(defines) + _PRELUDE).encode()).hexdigest()
+    return Source(text=text, defines=defines, build=digest[:16])
 
 
 def current(pin_dir: Path, bpf_dir: Path | None = None) -> Path:
-    """The pin directory of these sources' layout: `PIN/<layout>`. It exists once `load` has returned."""
-    return pin_dir / read_source(bpf_dir or default_bpf_dir()).layout
+    """The pin directory of these sources: `PIN/<build>`. It exists once `load` has returned."""
+    return pin_dir / read_source(bpf_dir or default_bpf_dir()).build
 
 
-def is_loaded(directory: Path, digest: bytes) -> bool:
-    """True if `directory` holds every program, built from sources with this digest."""
-    if not all((directory / "programs" / name).exists() for name in PROGRAMS):
-        return False
-    try:
-        build = bpf_calls.Map.open(directory / "maps" / "build")
-    except OSError:
-        return False
-    try:
-        return build.lookup(bytes(4))[:32] == digest
-    finally:
-        build.close()
+def is_loaded(directory: Path) -> bool:
+    """True if `directory` holds every program; they are pinned last, the one after the other."""
+    return all((directory / "programs" / name).exists() for name in PROGRAMS)
 
 
 def load(pin_dir: Path, bpf_dir: Path | None = None) -> Path:
-    """Make sure that the programs of these sources are pinned; returns `PIN/<layout>`.
+    """Make sure that the programs of these sources are pinned; returns `PIN/<build>`.
 
     Does nothing if they are. Otherwise a child process compiles and loads them, so that this process never maps LLVM.
     Raises LoadError.
     """
     bpf_dir = bpf_dir or default_bpf_dir()
     source = read_source(bpf_dir)
-    directory = pin_dir / source.layout
-    if is_loaded(directory, source.digest):
+    directory = pin_dir / source.build
+    if is_loaded(directory):
         return directory
+    # half of a load that did not end well: nothing is attached to it, and bcc could not take its maps over
+    shutil.rmtree(directory, ignore_errors=True)
     command = [sys.executable, "-m", "hostint_agent.loader"]
     command += ["--pin-dir", str(pin_dir), "--bpf-dir", str(bpf_dir)]
     try:
@@ -159,7 +146,7 @@ def compile_and_pin(pin_dir: Path, bpf_dir: Path) -> None:
     import bcc
 
     source = read_source(bpf_dir)
-    directory = pin_dir / source.layout
+    directory = pin_dir / source.build
     maps, programs = directory / "maps", directory / "programs"
     maps.mkdir(parents=True, exist_ok=True)
     programs.mkdir(parents=True, exist_ok=True)
@@ -168,14 +155,7 @@ def compile_and_pin(pin_dir: Path, bpf_dir: Path) -> None:
     kinds = {"drop": bcc.BPF.RAW_TRACEPOINT}
     for name in PROGRAMS:
         function = module.load_func(name, kinds.get(name, bcc.BPF.SCHED_CLS))
-        fresh = programs / f"{name}-new"
-        with contextlib.suppress(FileNotFoundError):
-            fresh.unlink()
-        bpf_calls.obj_pin(function.fd, fresh)
-        os.replace(fresh, programs / name)
-    build = bpf_calls.Map.open(maps / "build")
-    build.update(bytes(4), source.digest)
-    build.close()
+        bpf_calls.obj_pin(function.fd, programs / name)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -39,19 +39,20 @@ def resolve(name: str) -> str:
     return str(socket.getaddrinfo(name, None, type=socket.SOCK_DGRAM)[0][4][0])
 
 
-def _collector(name: str, spec: CollectorSpec, resolve_name: Resolve) -> NodeCollector:
+def _collector(path: Path, name: str, spec: CollectorSpec, resolve_name: Resolve) -> NodeCollector:
     if spec.address is None:
         raise InvalidFiles(
-            f"IntCollector {name}: spec.service: needs Kubernetes; give an address instead"
+            f"{path}: IntCollector {name}: spec.service: needs Kubernetes; give an address instead"
         )
     try:
         address = ipaddress.ip_address(spec.address)
     except ValueError:
         try:
             address = ipaddress.ip_address(resolve_name(spec.address))
-        except OSError as error:
+        except (OSError, ValueError) as error:
+            words = getattr(error, "strerror", None) or str(error)
             raise InvalidFiles(
-                f'IntCollector {name}: spec.address: Invalid value: "{spec.address}": {error.strerror}'
+                f'{path}: IntCollector {name}: spec.address: Invalid value: "{spec.address}": {words}'
             ) from error
     return NodeCollector(
         name=name,
@@ -93,7 +94,7 @@ def compile_files(
     if problems:
         raise InvalidFiles("\n".join(str(problem) for problem in problems))
     collectors = [
-        _collector(item.name, item.spec, resolve_name)
+        _collector(item.path, item.name, item.spec, resolve_name)
         for item in objects
         if isinstance(item.spec, CollectorSpec)
     ]
@@ -160,13 +161,6 @@ async def follow(
                 log.error("file not used, the last good configuration stays", error=line)
         else:
             apply(spec)
-
-
-def check_files(paths: Sequence[Path]) -> None:
-    """Say what is wrong with the objects before anything is loaded. Raises InvalidFiles."""
-    _, problems = yaml_objects.load_objects(paths)
-    if problems:
-        raise InvalidFiles("\n".join(str(problem) for problem in problems))
 
 
 def parse_node_id(text: str) -> int:

@@ -3,7 +3,7 @@
 
 import hashlib
 import json
-from typing import Annotated, Any
+from typing import Annotated
 
 import pydantic
 
@@ -101,7 +101,6 @@ class NodeConfigStatus(model.Model):
     agent_version: Annotated[str, pydantic.Field(max_length=64)] = ""
     watchlists: Annotated[tuple[WatchlistState, ...], pydantic.Field(max_length=255)] = ()
     collectors: Annotated[tuple[CollectorState, ...], pydantic.Field(max_length=16)] = ()
-    conditions: Annotated[tuple[dict[str, Any], ...], pydantic.Field(max_length=8)] = ()
 
 
 def digest(spec: NodeConfigSpec) -> str:

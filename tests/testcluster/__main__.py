@@ -23,7 +23,11 @@ def main() -> int:
             Cluster(nodes=options.nodes).stop()
             return 0
         cluster = Cluster(nodes=options.nodes, wanted_images=images.build_all(), say=print)
-        cluster.start()
+        try:
+            cluster.start()
+        except BaseException:
+            cluster.stop()
+            raise
     except ClusterBusy as error:
         print(f"testcluster: {error}", file=sys.stderr)
         return 1

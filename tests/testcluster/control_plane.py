@@ -2,6 +2,7 @@
 """etcd, kube-apiserver, controller manager and scheduler, on addresses of this machine's own."""
 
 import json
+import secrets
 import shutil
 import socket
 import subprocess
@@ -31,7 +32,6 @@ class Pki:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        directory.mkdir(parents=True, exist_ok=True)
 
     def path(self, name: str) -> Path:
         """A file of it."""
@@ -39,8 +39,11 @@ class Pki:
 
     def create(self) -> None:
         """Make the authority and the key that signs service account tokens."""
+        self.directory.mkdir(parents=True, exist_ok=True)
         self._openssl(
             *"req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 365 -subj /CN=ca".split(),
+            # Python 3.13 wants a certificate authority to say that it is one
+            *("-addext", "keyUsage=critical,keyCertSign,cRLSign"),
             *("-keyout", str(self.path("ca.key")), "-out", str(self.path("ca.crt"))),
         )
         self._openssl("genrsa", "-out", str(self.path("sa.key")), "2048")
@@ -49,14 +52,23 @@ class Pki:
         """Make NAME.crt and NAME.key."""
         key, request = str(self.path(f"{name}.key")), str(self.path(f"{name}.csr"))
         extensions = self.path(f"{name}.ext")
-        extensions.write_text(extension)
+        extensions.write_text(
+            f"{extension}\nsubjectKeyIdentifier=hash\nauthorityKeyIdentifier=keyid\n"
+        )
         self._openssl(
             *"req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes".split(),
             *("-keyout", key, "-out", request, "-subj", subject),
         )
         self._openssl(
             *("x509", "-req", "-in", request, "-CA", str(self.path("ca.crt"))),
-            *("-CAkey", str(self.path("ca.key")), "-CAcreateserial", "-days", "365"),
+            *(
+                "-CAkey",
+                str(self.path("ca.key")),
+                "-set_serial",
+                str(secrets.randbits(63)),
+                "-days",
+                "365",
+            ),
             *("-out", str(self.path(f"{name}.crt")), "-extfile", str(extensions)),
         )
 

@@ -225,6 +225,7 @@ evictionHard: {{memory.available: 100Mi}}
 imageMinimumGCAge: 24h
 imageGCHighThresholdPercent: 100
 syncFrequency: 10s
+podLogsDir: {directory}/pod-logs
 containerRuntimeEndpoint: unix://{self._socket}
 clusterDNS: [10.96.0.10]
 clusterDomain: cluster.local

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The agent on a real datapath: what goes live, what is refused, and what its status says of both."""
+
+import asyncio
+import os
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from hostint_agent import agent, interfaces, settings, unload
+from hostint_agent.loader import default_bpf_dir
+from tests.agent.test_node_rules import COLLECTOR, RULE, WATCHLIST, spec
+
+pytestmark = pytest.mark.bpf
+
+
+@pytest.fixture(scope="module")
+def pin_dir():
+    directory = Path(f"/sys/fs/bpf/hostint-agent-{os.getpid()}-{time.monotonic_ns()}")
+    directory.mkdir()
+    yield directory
+    unload.unload(directory)
+
+
+def chosen(pin_dir: Path, state_dir: Path) -> settings.Settings:
+    return settings.Settings(
+        node="node-a",
+        pin_dir=pin_dir,
+        bpf_dir=default_bpf_dir(),
+        state_dir=state_dir,
+        http=None,
+        # no interface: nothing of this machine is touched
+        patterns=interfaces.Patterns((), ("*",)),
+        mode="auto",
+        log_level="info",
+        log_format="auto",
+    )
+
+
+def with_agent(
+    pin_dir: Path, state_dir: Path, scenario: Callable[[agent.Agent], Awaitable[None]]
+) -> None:
+    async def whole() -> None:
+        process = agent.Agent(chosen(pin_dir, state_dir))
+        await asyncio.to_thread(process.start)
+        try:
+            await scenario(process)
+        finally:
+            await asyncio.to_thread(process.stop)
+
+    asyncio.run(whole())
+
+
+def too_many() -> list[dict]:
+    return [RULE | {"id": i + 1, "name": f"r{i}"} for i in range(15_000)]
+
+
+def test_before_any_configuration_it_is_not_ready_and_has_no_status(pin_dir, tmp_path):
+    async def scenario(process: agent.Agent) -> None:
+        assert process.not_ready() == "no configuration yet"
+        assert process.status() is None
+
+    with_agent(pin_dir, tmp_path, scenario)
+
+
+def test_a_configuration_goes_live_and_the_status_names_its_digest(pin_dir, tmp_path):
+    async def scenario(process: agent.Agent) -> None:
+        assert await process.apply(agent.Wanted(spec(digest="sha256:1"), 3))
+        assert process.not_ready() is None
+        assert process.not_alive() is None
+        status = process.status()
+        assert status
+        assert (status.observed_generation, status.observed_digest) == (3, "sha256:1")
+        assert [w.name for w in status.watchlists] == ["shop"]
+        assert [(c.name, c.reachable) for c in status.collectors] == [("default", True)]
+
+    with_agent(pin_dir, tmp_path, scenario)
+
+
+def test_a_node_without_interfaces_is_not_ready_for_a_watchlist(pin_dir, tmp_path):
+    async def scenario(process: agent.Agent) -> None:
+        await process.apply(agent.Wanted(spec(), 1))
+        (state,) = process.status().watchlists
+        assert (state.ready, state.reason) == (False, "NoInterfaces")
+
+    with_agent(pin_dir, tmp_path, scenario)
+
+
+def test_a_refused_configuration_leaves_the_old_rules_and_says_why(pin_dir, tmp_path):
+    async def scenario(process: agent.Agent) -> None:
+        await process.apply(agent.Wanted(spec(), 1))
+        before = process._tables.generation
+        assert not await process.apply(agent.Wanted(spec(rules=too_many()), 2))
+        assert process._tables.generation == before
+        (state,) = process.status().watchlists
+        assert (state.ready, state.reason) == (False, "TooManyRules")
+        assert process.status().observed_generation == 2
+        assert await process.apply(agent.Wanted(spec(), 3))
+        assert process.status().watchlists[0].reason != "TooManyRules"
+
+    with_agent(pin_dir, tmp_path, scenario)
+
+
+def test_no_configuration_any_more_means_no_rules(pin_dir, tmp_path):
+    async def scenario(process: agent.Agent) -> None:
+        await process.apply(agent.Wanted(spec(), 1))
+        assert await process.apply(agent.Wanted(None, 0))
+        assert process._program.rules == ()
+        assert process.not_ready() is None
+
+    with_agent(pin_dir, tmp_path, scenario)
+
+
+def test_the_last_good_configuration_is_live_after_a_restart(pin_dir, tmp_path):
+    async def first(process: agent.Agent) -> None:
+        await process.apply(agent.Wanted(spec(nodeID=99), 1))
+
+    async def second(process: agent.Agent) -> None:
+        assert process.not_ready() is None
+        assert len(process._program.rules) == 3
+        assert process.topology()["nodeID"] == 99
+
+    with_agent(pin_dir, tmp_path, first)
+    with_agent(pin_dir, tmp_path, second)
+
+
+def test_a_place_keeps_its_name_over_a_restart(pin_dir, tmp_path):
+    later = [WATCHLIST | {"name": "a-later-one"}, WATCHLIST]
+    places = []
+
+    async def first(process: agent.Agent) -> None:
+        await process.apply(agent.Wanted(spec(), 1))
+        places.append(process._program.watchlist_indexes.names["shop"])
+
+    async def second(process: agent.Agent) -> None:
+        await process.apply(agent.Wanted(spec(watchlists=later), 2))
+        places.append(process._program.watchlist_indexes.names["shop"])
+
+    with_agent(pin_dir, tmp_path, first)
+    with_agent(pin_dir, tmp_path, second)
+    assert places[0] == places[1]
+
+
+def test_a_watchlist_without_its_collector_is_not_said_to_work(pin_dir, tmp_path):
+    async def scenario(process: agent.Agent) -> None:
+        await process.apply(agent.Wanted(spec(collectors=[COLLECTOR | {"name": "other"}]), 1))
+        state = process._watchlist_state(process._answered.spec.watchlists[0], None)
+        assert (state.ready, state.reason) == (False, "CollectorNotFound")
+
+    with_agent(pin_dir, tmp_path, scenario)
+
+
+def test_metrics_carry_the_name_of_the_watchlist(pin_dir, tmp_path):
+    async def scenario(process: agent.Agent) -> None:
+        await process.apply(agent.Wanted(spec(), 1))
+        watched = next(m for m in process.metrics() if m.name == "hostint_watched")
+        assert [(s.labels, s.value) for s in watched.samples] == [({"watchlist": "shop"}, 0)]
+
+    with_agent(pin_dir, tmp_path, scenario)

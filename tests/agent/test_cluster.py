@@ -1,0 +1,388 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The node's own object is followed through everything an API server does, and its status is written when it changes."""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+import structlog
+import yaml
+from aiohttp import web
+
+from hostint_agent import agent, cluster
+from hostint_api import NodeConfigStatus
+
+NODE = "node-a"
+
+
+class FakeServer:
+    """One IntNodeConfig with list, watch, status, and faults on demand."""
+
+    def __init__(self) -> None:
+        self.version = 100
+        self.item: dict | None = None
+        self.lists = 0
+        self.watches: list[str] = []
+        self.selectors: set[str] = set()
+        self.statuses: list[dict] = []
+        self.refuse_status = 0
+        self.end_at_once = False
+        self.silent = False
+        self.down = False
+        self.refused = 0
+        self._error = 0
+        self._events: list[tuple[int, dict]] = []
+        self._end = asyncio.Event()
+        self._news = asyncio.Event()
+
+    def put(self, generation: int, node_id: int, uid: str = "u") -> None:
+        self.version += 1
+        metadata = {"name": NODE, "uid": uid, "generation": generation}
+        metadata["resourceVersion"] = str(self.version)
+        self.item = {"metadata": metadata, "spec": {"nodeID": node_id, "digest": f"d{generation}"}}
+        self.tell("MODIFIED", self.item)
+
+    def delete(self, *, silently: bool = False) -> None:
+        self.version += 1
+        gone, self.item = self.item, None
+        assert gone
+        gone["metadata"]["resourceVersion"] = str(self.version)
+        if not silently:
+            self.tell("DELETED", gone)
+
+    def tell(self, kind: str, item: dict) -> None:
+        self._events.append((self.version, {"type": kind, "object": json.loads(json.dumps(item))}))
+        self._news.set()
+        self._news = asyncio.Event()
+
+    def error(self, code: int) -> None:
+        """End the watch with an ERROR event."""
+        self._error = code
+        self._news.set()
+        self._news = asyncio.Event()
+
+    def drop(self) -> None:
+        """End the watches without a word."""
+        self._end.set()
+        self._news.set()
+        self._end, self._news = asyncio.Event(), asyncio.Event()
+
+    async def get(self, request: web.Request) -> web.StreamResponse:
+        if self.down:
+            self.refused += 1
+            raise web.HTTPServiceUnavailable
+        self.selectors.add(request.query["fieldSelector"])
+        if "watch" in request.query:
+            return await self._watch(request)
+        self.lists += 1
+        items = [self.item] if self.item else []
+        return web.json_response(
+            {"metadata": {"resourceVersion": str(self.version)}, "items": items}
+        )
+
+    async def _watch(self, request: web.Request) -> web.StreamResponse:
+        seen = int(request.query["resourceVersion"])
+        self.watches.append(request.query["resourceVersion"])
+        response = web.StreamResponse()
+        await response.prepare(request)
+        end = self._end
+        while not end.is_set() and not self.end_at_once:
+            news = self._news
+            for version, event in list(self._events):
+                if version > seen and not self.silent:
+                    await response.write(json.dumps(event).encode() + b"\n")
+                    seen = version
+            if self._error:
+                status = {"code": self._error, "message": "injected"}
+                event = {"type": "ERROR", "object": status}
+                await response.write(json.dumps(event).encode() + b"\n")
+                self._error = 0
+                break
+            await news.wait()
+        return response
+
+    async def patch(self, request: web.Request) -> web.Response:
+        assert request.content_type == "application/apply-patch+yaml"
+        assert request.query["fieldManager"] == "hostint-agent"
+        if self.refuse_status:
+            self.refuse_status -= 1
+            return web.json_response({"message": "no"}, status=500)
+        self.statuses.append(json.loads(await request.read()))
+        return web.json_response({})
+
+
+@contextlib.asynccontextmanager
+async def following(
+    server: FakeServer, directory: Path, port: int = 0
+) -> AsyncIterator[tuple[list[agent.Wanted], cluster.NodeConfig]]:
+    """A server, and a NodeConfig that watches it; what it hands over, in order."""
+    async with serving(server, port) as address:
+        kubeconfig = write_kubeconfig(directory, address)
+        async with cluster.connect(kubeconfig) as api:
+            seen: list[agent.Wanted] = []
+            config = cluster.NodeConfig(api, NODE, seen.append)
+            task = asyncio.create_task(config.watch())
+            try:
+                yield seen, config
+            finally:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+
+
+@contextlib.asynccontextmanager
+async def serving(server: FakeServer, port: int = 0) -> AsyncIterator[str]:
+    app = web.Application()
+    app.router.add_get(cluster.PATH, server.get)
+    app.router.add_patch(f"{cluster.PATH}/{NODE}/status", server.patch)
+    runner = web.AppRunner(app, shutdown_timeout=0.05, access_log=None)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", port).start()
+    try:
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
+
+
+def write_kubeconfig(directory: Path, address: str) -> Path:
+    content = {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "current-context": "c",
+        "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
+        "clusters": [{"name": "c", "cluster": {"server": address}}],
+        "users": [{"name": "u", "user": {"token": "t"}}],
+    }
+    path = directory / "kubeconfig"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+async def until(check: Callable[[], object], timeout_s: float = 10) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not check():
+            await asyncio.sleep(0.01)
+
+
+def ids(seen: list[agent.Wanted]) -> list[int | None]:
+    return [wanted.spec.node_id if wanted.spec else None for wanted in seen]
+
+
+def test_the_object_is_handed_over_and_so_is_every_new_generation(tmp_path):
+    async def scenario() -> None:
+        server = FakeServer()
+        server.put(1, 11)
+        async with following(server, tmp_path) as (seen, _):
+            await until(lambda: len(seen) == 1)
+            await until(lambda: server.watches)
+            server.put(2, 12)
+            await until(lambda: len(seen) == 2)
+            assert ids(seen) == [11, 12]
+            assert [wanted.generation for wanted in seen] == [1, 2]
+            assert server.selectors == {f"metadata.name={NODE}"}
+
+    asyncio.run(scenario())
+
+
+def test_a_change_that_keeps_the_generation_is_no_news(tmp_path):
+    async def scenario() -> None:
+        server = FakeServer()
+        server.put(1, 11)
+        async with following(server, tmp_path) as (seen, _):
+            await until(lambda: server.watches)
+            server.put(1, 11)
+            server.put(2, 12)
+            await until(lambda: len(seen) == 2)
+            assert ids(seen) == [11, 12]
+
+    asyncio.run(scenario())
+
+
+def test_an_object_that_is_not_there_yet_means_no_configuration(tmp_path):
+    async def scenario() -> None:
+        server = FakeServer()
+        async with following(server, tmp_path) as (seen, _):
+            await until(lambda: server.watches)
+            server.put(1, 11)
+            await until(lambda: len(seen) == 2)
+            assert ids(seen) == [None, 11]
+
+    asyncio.run(scenario())
+
+
+def test_a_deleted_object_means_no_configuration(tmp_path):
+    async def scenario() -> None:
+        server = FakeServer()
+        server.put(1, 11)
+        async with following(server, tmp_path) as (seen, _):
+            await until(lambda: server.watches)
+            server.delete()
+            await until(lambda: len(seen) == 2)
+            assert ids(seen) == [11, None]
+
+    asyncio.run(scenario())
+
+
+def test_an_object_made_anew_is_another_one_though_its_generation_is_the_same(tmp_path):
+    async def scenario() -> None:
+        server = FakeServer()
+        server.put(1, 11, uid="first")
+        async with following(server, tmp_path) as (seen, _):
+            await until(lambda: server.watches)
+            server.put(1, 12, uid="second")
+            await until(lambda: len(seen) == 2)
+            assert ids(seen) == [11, 12]
+
+    asyncio.run(scenario())
+
+
+def test_a_dropped_watch_goes_on_where_it_was_without_a_list(tmp_path):
+    async def scenario() -> None:
+        server = FakeServer()
+        server.put(1, 11)
+        async with following(server, tmp_path) as (seen, _):
+            await until(lambda: len(server.watches) == 1)
+            server.put(2, 12)
+            await until(lambda: len(seen) == 2)
+            server.drop()
+            await until(lambda: len(server.watches) == 2)
+            assert server.watches[1] == str(server.version)
+            assert server.lists == 1
+
+    asyncio.run(scenario())
+
+
+def test_a_version_that_is_gone_leads_to_a_list_that_shows_a_missed_deletion(tmp_path):
+    async def scenario() -> None:
+        server = FakeServer()
+        server.put(1, 11)
+        async with following(server, tmp_path) as (seen, _):
+            await until(lambda: server.watches)
+            server.delete(silently=True)
+            server.error(410)
+            await until(lambda: len(seen) == 2)
+            assert ids(seen) == [11, None]
+            assert server.lists == 2
+
+    asyncio.run(scenario())
+
+
+def test_a_watch_that_says_nothing_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster, "SILENCE_S", 0.1)
+
+    async def scenario() -> None:
+        server = FakeServer()
+        server.silent = True
+        async with following(server, tmp_path):
+            await until(lambda: len(server.watches) >= 2)
+
+    asyncio.run(scenario())
+
+
+def test_a_server_that_is_away_changes_nothing_and_is_told_once(tmp_path):
+    async def scenario() -> None:
+        server = FakeServer()
+        server.put(1, 11)
+        seen: list[agent.Wanted] = []
+        async with contextlib.AsyncExitStack() as stack:
+            address = await stack.enter_async_context(serving(server))
+            api = await stack.enter_async_context(
+                cluster.connect(write_kubeconfig(tmp_path, address))
+            )
+            task = asyncio.create_task(cluster.NodeConfig(api, NODE, seen.append).watch())
+            await until(lambda: server.watches)
+            with structlog.testing.capture_logs() as logs:
+                server.down = True
+                server.drop()
+                await until(lambda: server.refused >= 3)
+                assert ids(seen) == [11]
+                server.down = False
+                server.put(2, 12)
+                await until(lambda: len(seen) == 2)
+                await until(lambda: "api server reachable again" in [e["event"] for e in logs])
+            task.cancel()
+            told = [entry["event"] for entry in logs]
+            assert told == ["api server not reachable, retrying", "api server reachable again"]
+
+    asyncio.run(scenario())
+
+
+def test_a_server_that_ends_every_watch_at_once_is_not_asked_without_pause(tmp_path):
+    async def scenario() -> None:
+        server = FakeServer()
+        server.end_at_once = True
+        async with following(server, tmp_path):
+            await asyncio.sleep(1.5)
+            assert 1 <= len(server.watches) <= 5
+
+    asyncio.run(scenario())
+
+
+def test_the_status_is_written_once_and_again_when_it_changes(tmp_path):
+    async def scenario() -> None:
+        server = FakeServer()
+        async with following(server, tmp_path) as (_, config):
+            now = NodeConfigStatus(observed_generation=1, observed_digest="d1")
+            writer = cluster.StatusWriter(config, lambda: now)
+            task = asyncio.create_task(writer.run())
+            writer.poke()
+            await until(lambda: len(server.statuses) == 1)
+            writer.poke()
+            await asyncio.sleep(0.1)
+            now = NodeConfigStatus(observed_generation=2, observed_digest="d2")
+            writer.poke()
+            await until(lambda: len(server.statuses) == 2)
+            task.cancel()
+            told = [body["status"]["observedGeneration"] for body in server.statuses]
+            assert told == [1, 2]
+            assert server.statuses[0]["metadata"] == {"name": NODE}
+
+    asyncio.run(scenario())
+
+
+def test_a_status_that_could_not_be_written_is_told_once_and_tried_again(tmp_path):
+    async def scenario() -> None:
+        server = FakeServer()
+        server.refuse_status = 2
+        async with following(server, tmp_path) as (_, config):
+            status = NodeConfigStatus(observed_generation=1, observed_digest="d1")
+            writer = cluster.StatusWriter(config, lambda: status)
+            task = asyncio.create_task(writer.run())
+            with structlog.testing.capture_logs() as logs:
+                writer.poke()
+                await until(lambda: server.statuses)
+            task.cancel()
+            warned = [e for e in logs if e["event"] == "status not written, retrying"]
+            assert len(warned) == 1
+
+    asyncio.run(scenario())
+
+
+def test_an_object_that_makes_no_sense_is_told_and_changes_nothing(tmp_path):
+    async def scenario() -> None:
+        server = FakeServer()
+        server.put(1, 11)
+        async with following(server, tmp_path) as (seen, _):
+            await until(lambda: server.watches)
+            with structlog.testing.capture_logs() as logs:
+                server.put(2, -1)
+                server.put(3, 13)
+                await until(lambda: len(seen) == 2)
+            assert ids(seen) == [11, 13]
+            assert [e["error"] for e in logs] == [
+                ["spec.nodeID: Invalid value: -1: must be at least 0"]
+            ]
+
+    asyncio.run(scenario())
+
+
+def test_without_credentials_the_message_says_which(tmp_path):
+    async def scenario() -> None:
+        async with cluster.connect(tmp_path / "none"):
+            pass
+
+    with pytest.raises(cluster.SetupError, match=r"kubeconfig '.*none'"):
+        asyncio.run(scenario())

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command as a user meets it: what it prints, how it ends, and what it leaves behind."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hostint_agent import unload
+from tests.agent.test_standalone import COLLECTOR, files, watchlist
+
+COMMAND = [sys.executable, "-m", "hostint_agent"]
+
+
+def run(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
+    command = [*COMMAND, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
+
+
+@pytest.fixture
+def pin_dir() -> Iterator[Path]:
+    directory = Path(f"/sys/fs/bpf/hostint-main-{os.getpid()}-{time.monotonic_ns()}")
+    yield directory
+    # the pins are all that holds the namespace's programs
+    for path in (directory / "links", *unload.builds(directory), directory):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+class Running:
+    """`hostint-agent standalone` in a network namespace of its own."""
+
+    def __init__(self, tmp_path: Path, pin_dir: Path, *options: str) -> None:
+        self.paths = files(tmp_path, COLLECTOR, watchlist())
+        self.log = tmp_path / "log"
+        arguments = ["standalone", str(self.paths[0]), "--pin-dir", str(pin_dir)]
+        arguments += ["--state-dir", str(tmp_path / "state"), "--node-id", "1", *options]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                ["unshare", "--net", "sh", "-c", 'ip link set lo up; exec "$@"', "sh"]
+                + [*COMMAND, *arguments],
+                stdout=log,
+                stderr=log,
+            )
+
+    def wait_for(self, text: str) -> None:
+        deadline = time.monotonic() + 60
+        while text not in self.log.read_text():
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.02)
+
+    def stop(self, number: int = signal.SIGTERM) -> tuple[int, float]:
+        """Exit status, and how long it took."""
+        began = time.monotonic()
+        self.process.send_signal(number)
+        return self.process.wait(30), time.monotonic() - began
+
+
+@contextlib.contextmanager
+def running(tmp_path: Path, pin_dir: Path, *options: str) -> Iterator[Running]:
+    agent = Running(tmp_path, pin_dir, *options)
+    try:
+        agent.wait_for("rules replaced")
+        yield agent
+    finally:
+        if agent.process.poll() is None:
+            agent.process.kill()
+            agent.process.wait()
+
+
+def test_no_command_is_wrong_usage():
+    ended = run()
+    assert ended.returncode == 2
+    assert "usage: hostint-agent" in ended.stderr
+
+
+@pytest.mark.parametrize("command", ["run", "standalone", "check", "unload", "counters"])
+def test_every_command_has_help(command):
+    ended = run(command, "--help")
+    assert ended.returncode == 0
+    assert ended.stdout.startswith(f"usage: hostint-agent {command}")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--http", "nonsense"], "'nonsense' is not HOST:PORT or none"),
+        (["--node-id", "x"], "node id 'x' is not 0..4294967295 or an IPv4 address"),
+        (["--attach", "xdp"], "invalid choice: 'xdp'"),
+    ],
+)
+def test_a_wrong_option_is_told(options, words):
+    ended = run("standalone", "file", *options)
+    assert ended.returncode == 2
+    assert words in ended.stderr
+
+
+def test_a_bad_file_ends_the_start_before_anything_is_loaded(tmp_path, pin_dir):
+    paths = files(tmp_path, COLLECTOR, watchlist(interval="1ms"))
+    ended = run("standalone", *paths, "--pin-dir", pin_dir, "--http", "none")
+    assert ended.returncode == 1
+    assert ended.stderr.startswith(f"hostint-agent: {paths[0]}: IntWatchlist shop: spec.report")
+    assert not pin_dir.exists()
+
+
+def test_a_pin_directory_outside_of_a_bpffs_is_refused(tmp_path):
+    paths = files(tmp_path, COLLECTOR, watchlist())
+    ended = run("standalone", *paths, "--pin-dir", tmp_path / "pins", "--http", "none")
+    assert ended.returncode == 1
+    assert "is not in a bpffs; choose one below /sys/fs/bpf" in ended.stderr
+
+
+@pytest.mark.bpf
+def test_without_root_the_message_says_what_is_needed(tmp_path):
+    paths = files(tmp_path, COLLECTOR, watchlist())
+    command = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs", *COMMAND]
+    command += ["standalone", str(paths[0]), "--pin-dir", f"/sys/fs/bpf/none-{os.getpid()}"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    shutil.rmtree(f"/sys/fs/bpf/none-{os.getpid()}", ignore_errors=True)
+    assert ended.returncode == 1
+    assert "needs CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON (run as root" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.bpf
+def test_unload_of_nothing_succeeds(pin_dir):
+    ended = run("unload", "--pin-dir", pin_dir)
+    assert (ended.returncode, ended.stdout) == (0, "nothing of ours is loaded\n")
+
+
+@pytest.mark.bpf
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["term", "int"])
+def test_standalone_ends_within_two_seconds_and_leaves_nothing(tmp_path, pin_dir, number):
+    with running(tmp_path, pin_dir, "--http", "none") as agent:
+        assert (pin_dir / "links" / "kfree_skb").exists()
+        status, seconds = agent.stop(number)
+        assert status == 0, agent.log.read_text()
+        assert seconds < 2
+        assert not pin_dir.exists()
+
+
+@pytest.mark.bpf
+def test_a_kept_datapath_stays_and_is_unloaded_on_demand(tmp_path, pin_dir):
+    with running(tmp_path, pin_dir, "--http", "none", "--keep") as agent:
+        assert agent.stop()[0] == 0
+    assert (pin_dir / "links" / "kfree_skb").exists()
+    ended = run("unload", "--pin-dir", pin_dir)
+    assert ended.returncode == 0
+    assert {"link kfree_skb", "program drop", "map slots"} <= set(ended.stdout.splitlines())
+    assert not pin_dir.exists()
+
+
+@pytest.mark.bpf
+def test_a_second_agent_is_refused_and_the_first_one_keeps_its_datapath(tmp_path, pin_dir):
+    with running(tmp_path, pin_dir, "--http", "none") as agent:
+        for command in (("standalone", agent.paths[0], "--http", "none"), ("unload",)):
+            ended = run(*command, "--pin-dir", pin_dir)
+            assert ended.returncode == 1
+            assert "is in use by another hostint-agent" in ended.stderr
+        assert (pin_dir / "links" / "kfree_skb").exists()
+        assert agent.process.poll() is None
+
+
+@pytest.mark.bpf
+def test_sigterm_while_it_starts_leaves_nothing(tmp_path, pin_dir):
+    agent = Running(tmp_path, pin_dir, "--http", "none")
+    deadline = time.monotonic() + 30
+    while not list(pin_dir.glob("*/maps")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert agent.stop()[0] == 0, agent.log.read_text()
+    assert "Traceback" not in agent.log.read_text()
+    assert not pin_dir.exists()

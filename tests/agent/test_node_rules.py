@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A node's spec means these rules, in this order, and names keep their places."""
+
+import pytest
+
+from hostint_agent import bpf_types, classifier, node_rules
+from hostint_api import NodeConfigSpec
+
+COLLECTOR = {
+    "name": "default",
+    "address": "192.0.2.9",
+    "port": 32766,
+    "format": "TelemetryReportV05",
+    "snapLength": 128,
+    "dscp": 8,
+    "reportsPerSecond": 500,
+}
+WATCHLIST = {
+    "name": "shop",
+    "generation": 4,
+    "collector": "default",
+    "events": ["Flow", "Queue"],
+    "intervalNs": 10**9,
+    "latencyChangeNs": 0,
+    "congestionLatencyNs": 10**6,
+    "sample": 8,
+}
+RULE = {
+    "id": 77,
+    "watchlist": "shop",
+    "name": "web",
+    "action": "Report",
+    "protocol": "TCP",
+    "source": {"cidrs": ["10.0.0.0/8"]},
+    "destination": {
+        "cidrs": ["192.0.2.0/24"],
+        "ports": [{"port": 80}, {"port": 90, "endPort": 99}],
+    },
+    "bidirectional": True,
+}
+
+
+def spec(**changes) -> NodeConfigSpec:
+    whole = {"nodeID": 1, "collectors": [COLLECTOR], "watchlists": [WATCHLIST], "rules": [RULE]}
+    return NodeConfigSpec.model_validate(whole | changes)
+
+
+def test_reports_to_collectors_of_any_node_are_ignored_first():
+    built = node_rules.build(spec(ignored=[{"address": "2001:db8::1", "port": 5000}]))
+    ignored = [rule for rule in built.rules if rule.action == bpf_types.RuleAction.IGNORE]
+    assert list(built.rules[:2]) == ignored
+    told = {(str(r.destinations[0]), r.destination_ports) for r in ignored}
+    assert told == {
+        ("2001:db8::1/128", ((5000, 5000),)),
+        ("192.0.2.9/32", ((32766, 32766),)),
+    }
+    assert {rule.protocol for rule in ignored} == {17}
+
+
+def test_a_bidirectional_rule_is_two_rules_with_one_id():
+    _, there, back = node_rules.build(spec()).rules
+    assert there.rule_id == back.rule_id == 77
+    assert (there.sources, there.destinations) == (back.destinations, back.sources)
+    assert there.destination_ports == back.source_ports == ((80, 80), (90, 99))
+    assert there.source_ports == back.destination_ports == ()
+
+
+def test_report_settings_become_the_policy_of_the_watchlist():
+    built = node_rules.build(spec())
+    place = built.watchlist_indexes.names["shop"]
+    policy = built.policies[place]
+    assert place >= 1
+    assert (policy.interval_ns, policy.latency_change_ns) == (10**9, 0)
+    assert (policy.congestion_latency_ns, policy.sample) == (10**6, 8)
+    assert policy.events == bpf_types.ReportEvent.FLOW | bpf_types.ReportEvent.QUEUE
+    assert built.rules[-1].watchlist == place
+
+
+def test_a_collector_becomes_a_destination_and_its_settings():
+    built = node_rules.build(spec())
+    place = built.collector_indexes.names["default"]
+    assert built.destinations[place] == node_rules.Destination("default", "192.0.2.9", 32766, 8)
+    assert built.collectors[place].reports_per_second == 500
+    assert built.collectors[place].snap_length == 128
+
+
+def test_a_watchlist_whose_collector_is_missing_has_no_rules():
+    built = node_rules.build(spec(collectors=[]))
+    assert built.rules == ()
+    assert built.policies == {}
+
+
+def test_names_keep_their_places_while_others_come_and_go():
+    first = node_rules.Indexes().follow(["b", "d"], 1, 256)
+    second = first.follow(["a", "b", "c", "d"], 1, 256)
+    assert {name: second.names[name] for name in "bd"} == first.names
+    assert len(set(second.names.values())) == 4
+
+
+def test_a_place_that_became_free_is_the_last_to_be_used_again():
+    indexes = node_rules.Indexes().follow(["old"], 0, 3)
+    place = indexes.names["old"]
+    indexes = indexes.follow(["one", "two"], 0, 3)
+    assert place not in indexes.names.values()
+    indexes = indexes.follow(["one", "two", "three"], 0, 3)
+    assert indexes.names["three"] == place
+
+
+def test_a_new_name_in_an_old_place_begins_at_zero():
+    before = node_rules.build(spec())
+    same = node_rules.build(spec(), before.watchlist_indexes, before.collector_indexes)
+    assert before.fresh_watchlists == (before.watchlist_indexes.names["shop"],)
+    assert same.fresh_watchlists == ()
+
+
+def test_more_names_than_places_are_refused():
+    with pytest.raises(classifier.LimitExceeded):
+        node_rules.Indexes().follow([str(i) for i in range(17)], 0, 16)

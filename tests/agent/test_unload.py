@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Unloading removes what is ours and leaves what is somebody else's."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from hostint_agent import unload
+from tests.agent.rings import Rings
+
+pytestmark = pytest.mark.bpf
+
+
+@pytest.fixture
+def pin_dir():
+    directory = Path(tempfile.mkdtemp(prefix="hostint-unload-", dir="/sys/fs/bpf"))
+    yield directory
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def test_nothing_loaded_is_nothing_removed(pin_dir):
+    assert unload.unload(pin_dir / "none") == []
+
+
+def test_all_pins_of_ours_go_and_so_does_the_directory(pin_dir):
+    maps = pin_dir / "0123456789abcdef" / "maps"
+    maps.mkdir(parents=True)
+    Rings(maps, 1)
+    removed = unload.unload(pin_dir)
+    assert "map report_records" in removed
+    assert not pin_dir.exists()
+    assert unload.unload(pin_dir) == []
+
+
+def test_pins_of_others_in_the_same_directory_stay(pin_dir):
+    theirs = [pin_dir / "cilium" / "maps", pin_dir / "links"]
+    for directory in theirs:
+        directory.mkdir(parents=True)
+        Rings(directory, 1)
+    assert unload.unload(pin_dir) == []
+    assert unload.builds(pin_dir) == []
+    assert all((directory / "report_records").exists() for directory in theirs)
