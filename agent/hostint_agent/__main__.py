@@ -58,7 +58,7 @@ def ensure_bpffs(pin_dir: Path) -> None:
         raise StartError(
             f"pin directory {pin_dir} is not in a bpffs; choose one below {mount_point}"
         )
-    mounted = subprocess.run(
+    mounted = subprocess.run(  # noqa: S603 (a fixed command)
         ["mount", "-t", "bpf", "bpf", str(mount_point)],  # noqa: S607 (the system's mount)
         capture_output=True,
         text=True,

@@ -94,7 +94,7 @@ class Agent:
                 self._program, watchlist_indexes=places[0], collector_indexes=places[1]
             )
         self._config.configure(good.spec.node_id if good and good.spec else 0)
-        self._exporter.start()
+        # the exporter starts with the first configuration: reports that waited for this process need a destination
         if self._resume and good and good.spec:
             self._commit(Wanted(good.spec, good.generation))
         self._attacher.start()
@@ -136,6 +136,7 @@ class Agent:
             self._config.set_node_id(spec.node_id)
         # destinations first: no report may wait for a collector that is not known yet
         self._exporter.set_destinations(program.destinations)
+        self._exporter.start()
         self._tables.commit(image, program.policies, program.collectors)
         self._program = program
         self._live = wanted
@@ -168,7 +169,10 @@ class Agent:
                 log.info("collector reachable again", collector=name)
 
     def _attachments_changed(self, _: attach.State) -> None:
-        self._loop.call_soon_threadsafe(lambda: self.on_status())
+        self._loop.call_soon_threadsafe(self._poke)
+
+    def _poke(self) -> None:
+        self.on_status()
 
     def _trouble(self) -> tuple[str, str] | None:
         """(reason, words) of what keeps every watchlist from being ready on this node."""
@@ -191,12 +195,14 @@ class Agent:
         if answered is None:
             return None
         trouble = self._trouble()
-        states = answered.spec.watchlists if answered.spec else ()
+        asked = answered.spec.watchlists if answered.spec else ()
+        states = tuple(self._watchlist_state(watchlist, trouble) for watchlist in asked)
         return NodeConfigStatus(
             observed_generation=answered.generation,
             observed_digest=answered.spec.digest if answered.spec else "",
             agent_version=VERSION,
-            watchlists=tuple(self._watchlist_state(w, trouble) for w in states),
+            watchlists_ready=f"{sum(state.ready for state in states)}/{len(states)}",
+            watchlists=states,
             collectors=tuple(
                 CollectorState(
                     name=name,

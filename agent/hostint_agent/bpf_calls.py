@@ -200,7 +200,10 @@ class Map:
 
     def delete(self, key: bytes) -> None:
         """Remove a key of a hash. Raises BpfError (ENOENT)."""
-        self._element(MAP_DELETE_ELEM, key, 0, "map delete")
+        ctypes.memmove(self._key, key, self.key_bytes)
+        # the command knows no value: a pointer there would be refused
+        attr = struct.pack("=IIQQQ", self.fd, 0, ctypes.addressof(self._key), 0, 0)
+        bpf(MAP_DELETE_ELEM, attr, "map delete")
 
     def keys(self) -> Iterator[bytes]:
         """All keys, by walking; a key that is removed meanwhile may end the walk early."""

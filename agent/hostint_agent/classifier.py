@@ -133,11 +133,11 @@ def _prefixes(rules: Sequence[Rule], version: int, classes: _Classes) -> list[_P
                     key = (int(network.network_address), network.prefixlen)
                     own.setdefault(key, [0, 0])[side] |= 1 << index
     found, ancestors = [], [(0, 0, 0, 0)]
-    for (address, length), (source, destination) in sorted(own.items()):
+    for (address, length), (own_source, own_destination) in sorted(own.items()):
         while address >> (bits - ancestors[-1][1]) != ancestors[-1][0]:
             ancestors.pop()
-        source |= ancestors[-1][2]
-        destination |= ancestors[-1][3]
+        source = own_source | ancestors[-1][2]
+        destination = own_destination | ancestors[-1][3]
         ancestors.append((address >> (bits - length), length, source, destination))
         leaf = classes.of(source) | classes.of(destination) << 16
         found.append(_Prefix(address, length, leaf))

@@ -295,16 +295,19 @@ class Exporter:
         self._senders: dict[int, Sender] = {}
         self._connect_errors: dict[int, tuple[float, str]] = {}
         self._stopping = threading.Event()
+        self._started = False
         self._thread = threading.Thread(target=self._run, name="export", daemon=True)
 
     def start(self) -> None:
-        """Begin to send."""
-        self._thread.start()
+        """Begin to send; once is enough, and not before the destinations are known."""
+        if not self._started:
+            self._started = True
+            self._thread.start()
 
     @property
     def alive(self) -> bool:
         """False when the thread has ended though nobody stopped it."""
-        return self._thread.is_alive()
+        return not self._started or self._thread.is_alive()
 
     def stop(self) -> None:
         """Stop, and send what is in the rings now; of use without `start` as well."""
@@ -312,7 +315,9 @@ class Exporter:
         if self._thread.is_alive():
             self._thread.join(_STOP_S)
         with self._lock:
-            self._drain_present()
+            # without any destination what waits is left for the process that will know one
+            if self._known:
+                self._drain_present()
             for sender in self._senders.values():
                 sender.close()
             self._senders.clear()

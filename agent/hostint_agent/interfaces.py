@@ -104,7 +104,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _kind(link: Link, network: Network, carriers: frozenset[int]) -> Kind | None:
+def _kind(link: Link, carriers: frozenset[int]) -> Kind | None:
     """Pod: a veth into another namespace that carries no route of the host; uplink: what carries the host's own traffic."""
     if link.is_loopback or link.kind in _NEVER_UPLINK:
         return None
@@ -125,7 +125,7 @@ def choose(network: Network, patterns: Patterns) -> list[Interface]:
             carriers.add(link.ifindex)
     chosen = []
     for link in network.links:
-        kind = _kind(link, network, frozenset(carriers))
+        kind = _kind(link, frozenset(carriers))
         if not link.is_loopback and _matches(link.name, patterns.include):
             kind = kind or "uplink"
         if kind is None or not link.is_up or _matches(link.name, patterns.exclude):

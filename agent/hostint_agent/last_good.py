@@ -2,7 +2,6 @@
 """The last configuration that went live, on disk: for a start without the API server, and to keep every name its place."""
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,6 +67,6 @@ def save(directory: Path, good: LastGood) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         fresh.write_text(json.dumps(data))
-        os.replace(fresh, path)
+        fresh.replace(path)
     except OSError as error:
         log.warning("last good configuration not kept", path=str(path), error=str(error))

@@ -155,8 +155,8 @@ def _destination(collector: NodeCollector) -> Destination:
 
 def build(
     spec: NodeConfigSpec,
-    watchlists: Indexes = Indexes(),  # noqa: B008 (frozen)
-    collectors: Indexes = Indexes(),  # noqa: B008 (frozen)
+    watchlists: Indexes = Indexes(),
+    collectors: Indexes = Indexes(),
 ) -> Program:
     """What this spec means for the datapath, given the places that names had before.
 

@@ -10,7 +10,6 @@ import pyroute2
 
 from hostint_agent import attach
 
-
 _BUILD = re.compile(r"[0-9a-f]{16}")
 _LINK = re.compile(rf"tcx-\d+-(ingress|egress)|{attach.DROP_TRACEPOINT}")
 
@@ -36,8 +35,9 @@ def unload(pin_dir: Path) -> list[str]:
         _remove_empty(links)
     with pyroute2.IPRoute() as netlink:
         for message in netlink.get_links():
-            for direction in attach.remove_filters(netlink, message["index"]):
-                removed.append(f"filter on {message.get_attr('IFLA_IFNAME')} {direction}")
+            name = message.get_attr("IFLA_IFNAME")
+            directions = attach.remove_filters(netlink, message["index"])
+            removed += [f"filter on {name} {direction}" for direction in directions]
     for build in builds(pin_dir):
         for kind in ("programs", "maps"):
             pins = sorted((build / kind).iterdir()) if (build / kind).is_dir() else []

@@ -58,7 +58,7 @@ class _Loader(yaml.SafeLoader):
 
 def _documents(path: Path) -> Iterable[tuple[int, Any]]:
     with path.open(encoding="utf-8") as file:
-        yield from enumerate(yaml.load_all(file, _Loader), start=1)  # noqa: S506 (a SafeLoader)
+        yield from enumerate(yaml.load_all(file, _Loader), start=1)
 
 
 def _yaml_problem(path: Path, error: yaml.YAMLError) -> Problem:

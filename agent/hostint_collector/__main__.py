@@ -8,8 +8,8 @@ import time
 from collections.abc import Sequence
 from types import FrameType
 
-from hostint_collector import record as records
 from hostint_collector import receive, show, summary
+from hostint_collector import record as records
 
 DEFAULT_LISTEN = "0.0.0.0:32766"
 _POLL_S = 0.2

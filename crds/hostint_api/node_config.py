@@ -99,6 +99,7 @@ class NodeConfigStatus(model.Model):
     observed_generation: int
     observed_digest: Annotated[str, pydantic.Field(max_length=80)] = ""
     agent_version: Annotated[str, pydantic.Field(max_length=64)] = ""
+    watchlists_ready: Annotated[str, pydantic.Field(max_length=16)] = ""
     watchlists: Annotated[tuple[WatchlistState, ...], pydantic.Field(max_length=255)] = ()
     collectors: Annotated[tuple[CollectorState, ...], pydantic.Field(max_length=16)] = ()
 

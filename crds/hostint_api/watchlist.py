@@ -74,9 +74,12 @@ class WatchlistRule(model.Model):
 
     @pydantic.model_validator(mode="after")
     def _sides_share_a_family(self) -> Self:
-        if self.source and self.destination:
-            if not self.source.families & self.destination.families:
-                raise ValueError("source and destination must have an IP family in common")
+        if (
+            self.source
+            and self.destination
+            and not self.source.families & self.destination.families
+        ):
+            raise ValueError("source and destination must have an IP family in common")
         return self
 
 

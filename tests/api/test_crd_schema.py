@@ -24,23 +24,26 @@ def crd(kind: str) -> dict[str, Any]:
 
 def flatten(schema: dict[str, Any], definitions: dict[str, Any], path: str, out: dict) -> None:
     if "$ref" in schema:
-        return flatten(definitions[schema["$ref"].rsplit("/", 1)[1]], definitions, path, out)
+        flatten(definitions[schema["$ref"].rsplit("/", 1)[1]], definitions, path, out)
+        return
     branches = [b for b in schema.get("anyOf", ()) if b.get("type") != "null"]
     if branches:
         # a union of texts (networks, addresses) is a text
         rest = branches[0] if len(branches) == 1 else {"type": "string"}
         merged = {k: v for k, v in schema.items() if k != "anyOf"} | rest
-        return flatten(merged, definitions, path, out)
+        flatten(merged, definitions, path, out)
+        return
     if "const" in schema:
         schema = {k: v for k, v in schema.items() if k != "const"} | {"enum": [schema["const"]]}
     if schema.get("type") == "array":
         out[path] = {k: schema[k] for k in ("minItems", "maxItems") if k in schema}
-        return flatten(schema.get("items", {}), definitions, f"{path}[]", out)
+        flatten(schema.get("items", {}), definitions, f"{path}[]", out)
+        return
     if "properties" in schema:
         out[path] = {"required": sorted(schema.get("required", ()))}
         for name, inside in schema["properties"].items():
             flatten(inside, definitions, f"{path}.{name}", out)
-        return None
+        return
     facts = {k: v for k, v in schema.items() if k in _SAME}
     if "enum" in facts:
         facts["enum"] = sorted(facts["enum"])

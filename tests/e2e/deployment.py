@@ -2,6 +2,7 @@
 """hostint on the test cluster as a user would install it, and what tests and the demo look at."""
 
 import json
+import subprocess
 import threading
 import time
 from collections import deque
@@ -9,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-import subprocess
 
 from tests.testcluster import Cluster
 
@@ -111,7 +111,12 @@ class PodAddress:
 
 def pod(cluster: Cluster, namespace: str, app: str) -> PodAddress:
     """The running pod of an app."""
-    items = cluster.get("pods", "-n", namespace, "-l", f"app={app}")["items"]
+    return pod_of(cluster, namespace, f"app={app}")
+
+
+def pod_of(cluster: Cluster, namespace: str, selector: str) -> PodAddress:
+    """The running pod with these labels."""
+    items = cluster.get("pods", "-n", namespace, "-l", selector)["items"]
     running = [
         p
         for p in items

@@ -159,7 +159,7 @@ def test_hop_latency_grows_with_a_queue_inside_the_node(scene):
     """A shaped bridge holds packets for some milliseconds; only there is a queue between our two hooks."""
     scene.watch(
         scenes.watchlist(
-            f"protocol: UDP, source: {{cidrs: [10.244.0.0/16]}}",
+            "protocol: UDP, source: {cidrs: [10.244.0.0/16]}",
             "interval: 10ms, congestionLatency: 3ms, events: [Flow, Queue]",
         )
     )

@@ -119,7 +119,7 @@ def test_what_the_host_sends_and_takes_has_port_0_on_its_side(scene):
             "source: {cidrs: [10.99.0.11/32]}, destination: {cidrs: [10.244.0.0/16]}, bidirectional: true"
         )
     )
-    node, (client, server) = scene.nodes[0], scene.pods()
+    node, server = scene.nodes[0], scene.pods()[1]
     with traffic.tcp_echo(server.namespace, server.address, 8080):
         port = traffic.tcp_exchange(node.namespace, server.address, 8080)
     sent = scene.wait_reports(node, sourcePort=port, destinationPort=8080)[0]

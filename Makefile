@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+# Everything a newcomer needs: `make demo`, `make test`. Run as root on Debian 12; each target does its own set-up.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help setup try demo test test-unit test-bpf test-lab test-cluster lint format unload clean
+
+PYTHON := .venv/bin/python
+PYTEST := .venv/bin/pytest
+PACKAGES := python3-bpfcc python3-venv gcc libc6-dev linux-libc-dev iproute2 nftables iptables \
+	iputils-ping procps kmod util-linux bpftool openssl ca-certificates
+KEEP ?=
+export HOSTINT_BPF_DIR := $(CURDIR)/bpf
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+setup: build/setup.stamp ## install what is missing and prepare .venv (all commands are in .venv/bin)
+
+build/setup.stamp: pyproject.toml Makefile
+	@test "$$(id -u)" = 0 || { echo "make: run as root: packages are installed, programs loaded into the kernel, namespaces made" >&2; exit 1; }
+	@missing="$$(for p in $(PACKAGES); do dpkg-query -W -f='$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done)"; \
+	if [ -n "$$missing" ]; then \
+		echo "installing Debian packages:" $$missing; \
+		apt-get update -qq </dev/null && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing </dev/null >/dev/null; \
+	fi
+	@test -x $(PYTHON) || { echo "making .venv"; /usr/bin/python3 -m venv --system-site-packages .venv; }
+	@echo "installing Python packages into .venv"
+	@.venv/bin/pip install -q --disable-pip-version-check -e '.[operator,dev]' </dev/null
+	@mkdir -p build && touch $@
+
+try: setup ## a taste in half a minute: one node and its pods as namespaces, real traffic, reports as they arrive
+	@$(PYTHON) -m tests.lab.try_it
+
+demo: setup ## the whole thing on a real two-node Kubernetes (KEEP=1 leaves it running)
+	@$(PYTHON) -m tests.e2e.demo $(if $(KEEP),--keep)
+
+test: setup lint ## all tests: without privileges first, then kernel, namespaces, and the real cluster
+	@$(PYTEST)
+
+test-unit: setup ## tests that need neither root nor a cluster
+	@$(PYTEST) -m "not bpf and not lab and not cluster"
+
+test-bpf: setup ## tests that load programs into the kernel
+	@$(PYTEST) -m bpf
+
+test-lab: setup ## tests with traffic between network namespaces
+	@$(PYTEST) -m lab
+
+test-cluster: setup ## tests on a real Kubernetes
+	@$(PYTEST) -m cluster
+
+lint: setup ## ruff, mypy, import contracts, yamllint
+	@.venv/bin/ruff check -q .
+	@.venv/bin/ruff format -q --check .
+	@.venv/bin/mypy --no-error-summary
+	@.venv/bin/lint-imports --no-cache >build/imports.log || { cat build/imports.log; exit 1; }
+	@.venv/bin/yamllint -s .
+	@echo "lint: clean"
+
+format: setup ## format the Python sources
+	@.venv/bin/ruff format .
+
+unload: setup ## remove programs, maps and links of an agent that ran here
+	@.venv/bin/hostint-agent unload
+
+clean: ## stop the test cluster and remove .venv and build (the cache of built binaries stays)
+	@if [ -x $(PYTHON) ]; then $(PYTHON) -m tests.testcluster down; fi
+	@rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
