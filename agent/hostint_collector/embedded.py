@@ -65,6 +65,20 @@ class CollectorThread:
         with self._changed:
             return self._summary.lost
 
+    def gaps(self) -> dict[tuple[str, int, int], dict[str, int]]:
+        """Sequence accounting by (source, node id, hw id), of those where anything was odd."""
+        with self._changed:
+            return {
+                key: {
+                    "lost": t.lost,
+                    "duplicates": t.duplicates,
+                    "reordered": t.reordered,
+                    "restarts": t.restarts,
+                }
+                for key, t in self._summary.trackers.items()
+                if t.lost or t.duplicates or t.restarts
+            }
+
     @property
     def total(self) -> int:
         """Reports received since the start, malformed ones not counted."""

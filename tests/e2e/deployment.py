@@ -85,7 +85,7 @@ def wait_for(
             return answer
         if time.monotonic() > deadline:
             raise TimeoutError(f"not within {timeout_s} s: {what()}")
-        time.sleep(0.1)
+        time.sleep(0.02)
 
 
 def wait_condition(

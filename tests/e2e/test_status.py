@@ -44,10 +44,13 @@ def test_a_collector_name_that_does_not_resolve(clean):
         deployment.collector("odd", address="collector.invalid"),
         deployment.watchlist("odd", ALL, collectorRef={"name": "odd"}),
     )
-    found = deployment.wait_condition(
-        clean.cluster, "icol", "odd", "CollectorReachable", "False", LIVENESS_S
-    )
-    assert found[1] == "DNSFailure"
+
+    def told() -> tuple[str, str, str] | None:
+        found = deployment.conditions(clean.cluster.get("icol", "odd")).get("CollectorReachable")
+        return found if found and found[1] == "DNSFailure" else None
+
+    found = deployment.wait_for(told, LIVENESS_S)
+    assert found[0] == "False"
     assert "collector.invalid" in found[2]
     deployment.wait_condition(clean.cluster, "iwl", "odd", "Ready", "False", SOON_S)
     clean.cluster.kubectl("delete", "icol", "odd")

@@ -62,6 +62,10 @@ class Cluster:
         """Administrator's kubeconfig."""
         return self.plane.kubeconfig
 
+    def set_images(self, wanted: Sequence[images.Image]) -> None:
+        """Which images `start` is to load."""
+        self._images = tuple(wanted)
+
     def kubectl(self, *arguments: str, **more: Any) -> "subprocess.CompletedProcess[str]":
         """Run kubectl as administrator. Raises control_plane.KubectlError."""
         return self.plane.kubectl(*arguments, **more)
