@@ -132,7 +132,7 @@ static __always_inline __u8 refine_reason(const struct drop_reason *reason, cons
 
 /* Decide on a watched packet that died and write its report; every path counts exactly one outcome. */
 static __always_inline void report_drop(const struct config *config, __u32 side, const struct verdict *verdict,
-					const struct slot *slot, const struct flow_key *key,
+					const struct arrival *arrival, const struct flow_key *key,
 					const struct dead_packet *dead, const struct drop_reason *reason,
 					__u32 egress_ifindex)
 {
@@ -175,8 +175,8 @@ static __always_inline void report_drop(const struct config *config, __u32 side,
 				     1);
 		return;
 	}
-	put_v05_drop(&record, config, V05_D | ((reason->flags & DROP_QUEUE) ? V05_Q : 0), slot->arrival_ns,
-		     port_id(slot->ifindex), port_id(egress_ifindex), code);
+	put_v05_drop(&record, config, V05_D | ((reason->flags & DROP_QUEUE) ? V05_Q : 0), arrival->arrival_ns,
+		     port_id(arrival->ifindex), port_id(egress_ifindex), code);
 	bytes = put_dead_snapshot(dead, key, record.bytes + V05_DROP_BYTES, collector->snap_length);
 	commit_record(&record, V05_DROP_BYTES + bytes);
 	remember_flow(flow, known, drop_hash, now, 0, 0, false);
@@ -196,26 +196,29 @@ static __always_inline void observe_drop(struct slot *slot, __u64 address, __u32
 	__u32 index = reason_index(kernel_reason), side = 0, ifindex = 0;
 	const struct drop_reason *reason = drop_reasons.lookup(&index);
 	struct watchlist_counters *counters;
-	const struct flow_key *key = &slot->key;
+	const struct flow_key *key;
 	struct dead_packet dead = {};
+	struct arrival arrival = {};
 	struct verdict verdict = {};
 	__u64 *total;
-	__u8 state = slot->key.pad;
 
-	if (!config || !config->enabled || !scratch || !reason || state == SLOT_FREE)
+	if (!config || !config->enabled || !scratch || !reason)
 		return;
 	read_dead_packet(&dead, address, config);
 	if (!is_same_packet(slot, dead.tc_index, dead.iif)) {
 		count(COUNT_STALE_DROP);
 		return;
 	}
+	if (!recall(slot, address, scratch, &arrival) || arrival.state == SLOT_FREE)
+		return;
 	if (died_elsewhere(address, config, &ifindex))
 		return;
-	if (state == SLOT_EGRESSED && !(reason->flags & DROP_AFTER_EGRESS))
+	if (arrival.state == SLOT_EGRESSED && !(reason->flags & DROP_AFTER_EGRESS))
 		return;
-	if (slot->watchlist) {
+	key = &scratch->arrived;
+	if (arrival.watchlist) {
 		verdict.action = ACTION_REPORT;
-		verdict.watchlist = slot->watchlist;
+		verdict.watchlist = arrival.watchlist;
 		side = live_side();
 	} else {
 		/* not watched as it came in; as what NAT made of it? */
@@ -224,21 +227,16 @@ static __always_inline void observe_drop(struct slot *slot, __u64 address, __u32
 		if (!(classify(key, scratch, &verdict, &side, false) & CLASSIFY_MATCH))
 			verdict.action = ACTION_NONE;
 	}
-	slot->skb = 0;
-	if (verdict.action != ACTION_REPORT) {
-		unwatch_slot(slot);
-		slot->key.pad = SLOT_FREE;
+	forget_slot(slot, address);
+	if (verdict.action != ACTION_REPORT)
 		return;
-	}
-	watch_slot(slot, verdict.watchlist);
+	move_count(arrival.watchlist, verdict.watchlist);
 	counters = counters_of(verdict.watchlist);
 	if (counters)
-		__sync_fetch_and_add(state == SLOT_PENDING ? &counters->dropped : &counters->dropped_late, 1);
+		__sync_fetch_and_add(arrival.state == SLOT_PENDING ? &counters->dropped : &counters->dropped_late, 1);
 	total = drop_counters.lookup(&index);
 	if (total)
 		__sync_fetch_and_add(total, 1);
-	report_drop(config, side, &verdict, slot, key, &dead, reason,
-		    state == SLOT_EGRESSED ? ifindex : 0);
-	slot->watchlist = 0;
-	slot->key.pad = SLOT_FREE;
+	report_drop(config, side, &verdict, &arrival, key, &dead, reason,
+		    arrival.state == SLOT_EGRESSED ? ifindex : 0);
 }

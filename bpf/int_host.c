@@ -180,7 +180,8 @@ int ingress(struct __sk_buff *skb)
 	skb->tc_index = slot->tag;
 	if (verdict.action != ACTION_REPORT)
 		return TC_ACT_UNSPEC;
-	watch_slot(slot, verdict.watchlist);
+	slot->watchlist = verdict.watchlist;
+	count_watched(verdict.watchlist, 1);
 	if (is_delivered_here(skb, &scratch->key)) {
 		struct observation seen = {
 			.key = &scratch->key,
@@ -199,18 +200,35 @@ int ingress(struct __sk_buff *skb)
  * The verdict on a packet that leaves, into *verdict; returns the tuple that it is about. The tuple as it is now comes
  * first. Else the verdict that it got on arrival stands, whatever the rules are by now.
  */
-static __always_inline const struct flow_key *judge_leaving(struct scratch *scratch, const struct slot *slot,
-							    bool parsed, struct verdict *verdict, __u32 *side)
+static __always_inline const struct flow_key *judge_leaving(struct scratch *scratch, __u16 watched_for, bool parsed,
+							    struct verdict *verdict, __u32 *side)
 {
 	if (parsed && (classify(&scratch->key, scratch, verdict, side, true) & CLASSIFY_MATCH))
 		return &scratch->key;
 	verdict->action = ACTION_NONE;
-	if (!slot || !slot->watchlist)
+	if (!watched_for)
 		return &scratch->key;
 	verdict->action = ACTION_REPORT;
-	verdict->watchlist = slot->watchlist;
+	verdict->watchlist = watched_for;
 	*side = live_side();
-	return &slot->key;
+	return &scratch->arrived;
+}
+
+/* True if the slot is this packet's and its outcome is still open; *arrival is what it told. */
+static __always_inline bool claim_slot(struct __sk_buff *skb, struct slot *slot, __u64 address,
+				       struct scratch *scratch, struct arrival *arrival, bool *settled)
+{
+	*settled = false;
+	if (slot->skb != address)
+		return false;
+	if (!is_same_packet(slot, (__u16)skb->tc_index, skb->ingress_ifindex)) {
+		disown_slot(slot);
+		return false;
+	}
+	if (!recall(slot, address, scratch, arrival))
+		return false;
+	*settled = arrival->state != SLOT_PENDING;
+	return !*settled;
 }
 
 int egress(struct __sk_buff *skb)
@@ -219,10 +237,11 @@ int egress(struct __sk_buff *skb)
 	struct scratch *scratch = scratch_of(SCRATCH_TC);
 	struct verdict verdict = {};
 	struct observation seen = {};
-	struct slot *slot, *mine = NULL;
+	struct arrival arrival = {};
+	struct slot *slot;
+	bool parsed, mine, settled;
 	__u64 address;
 	__u32 side = 0;
-	bool parsed;
 
 	if (!config || !config->enabled || !scratch)
 		return TC_ACT_UNSPEC;
@@ -230,46 +249,36 @@ int egress(struct __sk_buff *skb)
 	slot = slot_of(address);
 	if (!slot)
 		return TC_ACT_UNSPEC;
-	if (slot->skb == address) {
-		bool verified = is_same_packet(slot, (__u16)skb->tc_index, skb->ingress_ifindex);
-
-		if (verified && slot->key.pad != SLOT_PENDING)
-			return TC_ACT_UNSPEC; /* has had its outcome */
-		if (verified)
-			mine = slot;
-		else
-			disown_slot(slot);
-	}
+	mine = claim_slot(skb, slot, address, scratch, &arrival, &settled);
 	/* no slot: either not watched at ingress, or sent by the host itself */
-	if (!mine && skb->ingress_ifindex)
+	if (settled || (!mine && skb->ingress_ifindex))
 		return TC_ACT_UNSPEC;
 	parsed = parse_packet(skb, scratch) == 0;
 	if (!parsed && !mine)
 		return TC_ACT_UNSPEC;
-	seen.key = judge_leaving(scratch, mine, parsed, &verdict, &side);
+	seen.key = judge_leaving(scratch, arrival.watchlist, parsed, &verdict, &side);
 	if (verdict.action != ACTION_REPORT) {
 		if (mine) {
-			unwatch_slot(mine);
-			release_slot(mine);
+			move_count(arrival.watchlist, 0);
+			forget_slot(slot, address);
 		}
 		return TC_ACT_UNSPEC;
 	}
 	seen.now = bpf_ktime_get_ns();
 	seen.egress_ifindex = skb->ifindex;
 	if (mine) {
-		seen.ingress_ns = mine->arrival_ns;
-		seen.ingress_ifindex = mine->ifindex;
-		seen.translated = seen.key == &mine->key;
+		seen.ingress_ns = arrival.arrival_ns;
+		seen.ingress_ifindex = arrival.ifindex;
+		seen.translated = seen.key == &scratch->arrived;
 	} else {
 		/* sent by the host: one observation point, no latency; the slot is for drops in the egress queue */
 		seen.ingress_ns = seen.now;
-		take_slot(slot, address, seen.now, 0, &scratch->key, SLOT_PENDING);
+		take_slot(slot, address, seen.now, 0, &scratch->key, SLOT_EGRESSED);
 		skb->tc_index = slot->tag;
-		mine = slot;
 	}
-	watch_slot(mine, verdict.watchlist);
+	settle_slot(slot, address, verdict.watchlist, SLOT_EGRESSED);
+	move_count(arrival.watchlist, verdict.watchlist);
 	observe(skb, config, side, &verdict, &seen, &scratch->offsets);
-	mine->key.pad = SLOT_EGRESSED;
 	return TC_ACT_UNSPEC;
 }
 

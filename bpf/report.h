@@ -122,15 +122,17 @@ static __always_inline void put_v05_local(const struct record *record, const str
 					  __u32 flags, __u64 ingress_ns, __u64 egress_ns,
 					  __u16 ingress_port, __u16 egress_port)
 {
+	/* once for both stamps: the agent refreshes it while programs run */
+	__u64 wall_offset_ns = READ_ONCE(config->wall_offset_ns);
 	__u8 *bytes = record->bytes;
 
 	put_be32(bytes, V05_NPROTO_LOCAL | flags | record->hw_id);
 	put_be32(bytes + 4, record->sequence);
-	put_be32(bytes + 8, (__u32)(ingress_ns + config->wall_offset_ns));
+	put_be32(bytes + 8, (__u32)(ingress_ns + wall_offset_ns));
 	put_be32(bytes + 12, config->node_id);
 	put_be32(bytes + 16, ((__u32)ingress_port << 16) | egress_port);
 	put_be32(bytes + 20, 0); /* queue id and occupancy: the kernel gives TC programs neither */
-	put_be32(bytes + 24, (__u32)(egress_ns + config->wall_offset_ns));
+	put_be32(bytes + 24, (__u32)(egress_ns + wall_offset_ns));
 }
 
 /* Telemetry Report v0.5, drop header (NProto 1). */

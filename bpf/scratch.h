@@ -12,7 +12,8 @@ enum scratch_user {
 
 struct scratch {
 	__u64 address; /* of the packet */
-	struct flow_key key;
+	struct flow_key key;     /* the tuple as the packet carries it */
+	struct flow_key arrived; /* as it came in */
 	struct packet_offsets offsets;
 	/* classes, see classify.h */
 	__u32 source;

@@ -42,6 +42,50 @@ static __always_inline bool is_same_packet(const struct slot *slot, __u16 tc_ind
 	return tc_index == slot->tag || (ingress_ifindex && ingress_ifindex == slot->ifindex);
 }
 
+/* What a slot told of a packet. The tuple is in scratch->arrived. */
+struct arrival {
+	__u64 arrival_ns;
+	__u32 ifindex;
+	__u16 watchlist;
+	__u8 state;
+};
+
+/*
+ * Read a slot that was found by its packet's address. False if another packet took the slot over meanwhile, on another
+ * CPU: only the owner of a packet may look for its address, so the address still being there proves the rest.
+ */
+static __always_inline bool recall(const struct slot *slot, __u64 address, struct scratch *scratch,
+				   struct arrival *arrival)
+{
+	arrival->arrival_ns = slot->arrival_ns;
+	arrival->ifindex = slot->ifindex;
+	arrival->watchlist = slot->watchlist;
+	scratch->arrived = slot->key;
+	arrival->state = scratch->arrived.pad;
+	barrier();
+	return READ_ONCE(slot->skb) == address;
+}
+
+static __always_inline void count_watched(__u16 watchlist, __s64 change)
+{
+	struct watchlist_counters *counters;
+
+	if (!watchlist)
+		return;
+	counters = counters_of(watchlist);
+	if (counters)
+		__sync_fetch_and_add(&counters->watched, change);
+}
+
+/* A packet that was counted as watched for one watchlist is judged by another (0: by none): NAT made it so. */
+static __always_inline void move_count(__u16 from, __u16 to)
+{
+	if (from == to)
+		return;
+	count_watched(from, -1);
+	count_watched(to, 1);
+}
+
 /* The packet of this slot ended where we could not see it. */
 static __always_inline void settle_unresolved(struct slot *slot)
 {
@@ -80,7 +124,9 @@ static __always_inline void take_slot(struct slot *slot, __u64 address, __u64 no
 				      const struct flow_key *key, __u8 state)
 {
 	settle_unresolved(slot);
-	slot->skb = address;
+	/* the address first: who reads the rest checks the address afterwards */
+	WRITE_ONCE(slot->skb, address);
+	barrier();
 	slot->arrival_ns = now;
 	slot->ifindex = ifindex;
 	slot->tag = (__u16)(now >> 5) | TAG_NEVER_ZERO;
@@ -89,33 +135,21 @@ static __always_inline void take_slot(struct slot *slot, __u64 address, __u64 no
 	slot->key.pad = state;
 }
 
-/* Count the packet as watched for one watchlist; it may have been counted for another before NAT. */
-static __always_inline void watch_slot(struct slot *slot, __u16 watchlist)
+/* The packet has had its outcome; its slot stays for what may still happen to it, unless another has taken it. */
+static __always_inline void settle_slot(struct slot *slot, __u64 address, __u16 watchlist, __u8 state)
 {
-	struct watchlist_counters *counters;
-
-	if (slot->watchlist == watchlist)
+	if (READ_ONCE(slot->skb) != address)
 		return;
-	if (slot->watchlist) {
-		counters = counters_of(slot->watchlist);
-		if (counters)
-			__sync_fetch_and_add(&counters->watched, -1);
-	}
-	counters = counters_of(watchlist);
-	if (counters)
-		__sync_fetch_and_add(&counters->watched, 1);
 	slot->watchlist = watchlist;
+	slot->key.pad = state;
 }
 
-/* What it became by NAT is not watched: take the count back. */
-static __always_inline void unwatch_slot(struct slot *slot)
+/* The packet is of no interest any more, and its counts are settled. */
+static __always_inline void forget_slot(struct slot *slot, __u64 address)
 {
-	struct watchlist_counters *counters;
-
-	if (!slot->watchlist)
+	if (READ_ONCE(slot->skb) != address)
 		return;
-	counters = counters_of(slot->watchlist);
-	if (counters)
-		__sync_fetch_and_add(&counters->watched, -1);
+	slot->key.pad = SLOT_FREE;
 	slot->watchlist = 0;
+	slot->skb = 0;
 }

@@ -87,7 +87,7 @@ class Agent:
             mode=chosen.mode,
             on_change=self._attachments_changed,
         )
-        good = last_good.load(chosen.state_dir)
+        good = last_good.load(chosen.state_dir, chosen.node)
         if good:
             places = (good.watchlists, good.collectors)
             self._program = dataclasses.replace(
@@ -143,7 +143,7 @@ class Agent:
         good = last_good.LastGood(
             wanted.spec, wanted.generation, program.watchlist_indexes, program.collector_indexes
         )
-        last_good.save(self._settings.state_dir, good)
+        last_good.save(self._settings.state_dir, self._settings.node, good)
 
     async def keep_time(self) -> None:
         """Follow the wall clock, and notice when a collector's health changes."""

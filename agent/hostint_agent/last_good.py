@@ -11,7 +11,6 @@ import structlog
 from hostint_agent.node_rules import Indexes
 from hostint_api import NodeConfigSpec
 
-_FILE = "last-good.json"
 
 log = structlog.get_logger()
 
@@ -33,9 +32,14 @@ def _indexes(data: dict[str, object]) -> Indexes:
     return Indexes({str(k): int(v) for k, v in names.items()}, tuple(int(i) for i in retired))
 
 
-def load(directory: Path) -> LastGood | None:
+def _path(directory: Path, node: str) -> Path:
+    """One file a node: directories have been shared by several, and another node's configuration is a wrong one."""
+    return directory / f"last-good-{node}.json"
+
+
+def load(directory: Path, node: str) -> LastGood | None:
     """Read it; None if there is none, or none that can be understood (which is told)."""
-    path = directory / _FILE
+    path = _path(directory, node)
     try:
         data = json.loads(path.read_text())
         spec = NodeConfigSpec.model_validate(data["spec"]) if data["spec"] else None
@@ -52,7 +56,7 @@ def load(directory: Path) -> LastGood | None:
         return None
 
 
-def save(directory: Path, good: LastGood) -> None:
+def save(directory: Path, node: str, good: LastGood) -> None:
     """Write it, whole or not at all; a disk that refuses is told and does not stop anything."""
     data = {
         "spec": good.spec.model_dump(mode="json", by_alias=True, exclude_none=True)
@@ -62,7 +66,7 @@ def save(directory: Path, good: LastGood) -> None:
         "watchlists": {"names": good.watchlists.names, "retired": good.watchlists.retired},
         "collectors": {"names": good.collectors.names, "retired": good.collectors.retired},
     }
-    path = directory / _FILE
+    path = _path(directory, node)
     fresh = path.with_suffix(".new")
     try:
         directory.mkdir(parents=True, exist_ok=True)

@@ -92,16 +92,17 @@ def test_a_packet_for_a_host_port_that_nobody_listens_on(scene):
 def test_a_packet_that_the_egress_queue_has_no_room_for(scene):
     """After our egress hook: forwarded as far as we can see, then dropped by the device's queue."""
     scene.watch(EVERYTHING)
-    client, server = scene.pods()
-    node = scene.nodes[0].namespace
-    node.run(*"tc qdisc replace dev eth0 root tbf rate 64kbit burst 2000 limit 3000".split())
+    node = scene.nodes[0]
+    client, server = node.pods
+    shaper = f"tc qdisc replace dev {server.interface} root tbf rate 64kbit burst 2000 limit 3000"
+    node.namespace.run(*shaper.split())
     try:
         port = traffic.send_udp(client.namespace, server.address, 4007, count=200)
-        report = scene.wait_reports(scene.nodes[0], kind="drop", sourcePort=port)[0]
+        report = scene.wait_reports(node, kind="drop", sourcePort=port)[0]
     finally:
-        node.run(*"tc qdisc del dev eth0 root".split())
+        node.namespace.run(*f"tc qdisc del dev {server.interface} root".split())
     assert (report["dropReason"], report["flags"]["q"]) == (71, True)
-    assert report["egressPort"] == scene.nodes[0].port("eth0")
+    assert report["egressPort"] == node.port(server.interface)
 
 
 def test_drops_of_one_flow_and_reason_are_one_report_an_interval_and_all_counted(scene, firewall):
