@@ -11,7 +11,6 @@ import structlog
 from hostint_agent.node_rules import Indexes
 from hostint_api import NodeConfigSpec
 
-
 log = structlog.get_logger()
 
 
