@@ -2,6 +2,7 @@
 """`hostint-agent standalone` in a node of the lab."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -93,11 +94,13 @@ class LabAgent:
         """Where its maps are pinned."""
         return loader.current(self.pin_dir) / "maps"
 
-    def identity(self, watchlist: int = 1) -> counters.Identity:
-        """The accounting identity of one watchlist, by place (names get places in alphabetical order)."""
-        return counters.Counters(self.maps).identity(watchlist)
+    def identity(self, watchlist: str = "test") -> counters.Identity:
+        """The accounting identity of one watchlist that is live."""
+        kept = self._directory / f"last-good-{self.node.namespace.name}.json"
+        place = json.loads(kept.read_text())["watchlists"]["names"][watchlist]
+        return counters.Counters(self.maps).identity(place)
 
-    def settled(self, watchlist: int = 1, timeout_s: float = 5.0) -> counters.Identity:
+    def settled(self, watchlist: str = "test", timeout_s: float = 5.0) -> counters.Identity:
         """The identity once it holds; as it is at the time-out if it does not."""
         deadline = time.monotonic() + timeout_s
         while True:

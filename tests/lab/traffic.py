@@ -122,7 +122,8 @@ class Seen:
 class Capture:
     """Takes timestamps of numbered datagrams on one interface, by a packet socket."""
 
-    def __init__(self, namespace: Namespace, interface: str) -> None:
+    def __init__(self, namespace: Namespace, interface: str, tag: bytes = PAYLOAD_TAG) -> None:
+        self._tag = tag
         self._socket = namespace.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_ETH_P_ALL))
         self._socket.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8 << 20)
@@ -133,6 +134,19 @@ class Capture:
         """Stop capturing."""
         self._socket.close()
 
+    def frame(self, timeout_s: float = 5.0) -> bytes:
+        """The first frame captured that has the tag in it. Raises TimeoutError."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            try:
+                frame = self._socket.recv(2048)
+            except BlockingIOError:
+                time.sleep(0.02)
+            else:
+                if self._tag in frame:
+                    return frame
+        raise TimeoutError(f"no frame with {self._tag!r} within {timeout_s} s")
+
     def seen(self) -> dict[int, int]:
         """Wall-clock nanoseconds by number, of all datagrams captured so far."""
         times: dict[int, int] = {}
@@ -141,10 +155,10 @@ class Capture:
                 frame, control, _, _ = self._socket.recvmsg(2048, 64)
             except BlockingIOError:
                 return times
-            at = frame.find(PAYLOAD_TAG)
+            at = frame.find(self._tag)
             if at < 0:
                 continue
-            number = struct.unpack_from("!I", frame, at + len(PAYLOAD_TAG))[0]
+            number = struct.unpack_from("!I", frame, at + len(self._tag))[0]
             for level, kind, value in control:
                 if (level, kind) == (socket.SOL_SOCKET, _SO_TIMESTAMPNS):
                     seconds, rest = struct.unpack("=qq", value)

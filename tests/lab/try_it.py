@@ -136,7 +136,7 @@ def summary(story: Story, agent: LabAgent) -> None:
         if record["kind"] == "drop":
             reason = f"{record['dropReasonName']} ({record['dropReason']})"
             print(f"  {what}: {show.flow(record['inner'])}: {reason}")
-    found = agent.settled()
+    found = agent.settled("pods")
     c = found.counters
     print(
         f"Accounted for: {c['watched']} packets watched = {c['reported']} reported + {c['suppressed']} without news "
