@@ -34,8 +34,10 @@ try: setup ## a taste in half a minute: one node and its pods as namespaces, rea
 demo: setup ## the whole thing on a real two-node Kubernetes (KEEP=1 leaves it running)
 	@$(PYTHON) -m tests.e2e.demo $(if $(KEEP),--keep)
 
-test: setup lint ## all tests: without privileges first, then kernel, namespaces, and the real cluster
-	@$(PYTEST)
+test: setup lint ## all tests: what needs no cluster first, then those on a real Kubernetes
+	@$(PYTEST) -m "not cluster"
+	@$(PYTHON) -m tests.testcluster build
+	@$(PYTEST) -m cluster
 
 test-unit: setup ## tests that need neither root nor a cluster
 	@$(PYTEST) -m "not bpf and not lab and not cluster"
@@ -47,6 +49,7 @@ test-lab: setup ## tests with traffic between network namespaces
 	@$(PYTEST) -m lab
 
 test-cluster: setup ## tests on a real Kubernetes
+	@$(PYTHON) -m tests.testcluster build
 	@$(PYTEST) -m cluster
 
 lint: setup ## ruff, mypy, import contracts, yamllint

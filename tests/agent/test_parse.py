@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""bpf/parse.h, compiled by gcc with its sanitizer of undefined behaviour, on packets of every shape cut at every length."""
+
+import ctypes
+import struct
+import subprocess
+
+import pytest
+
+from hostint_agent import bpf_types, loader
+
+WRAPPER = """
+#include <sys/cdefs.h>
+#include "parse.h"
+int parse(const unsigned char *data, unsigned int bytes, struct flow_key *key, struct packet_offsets *offsets)
+{
+	return parse_frame(data, data + bytes, key, offsets);
+}
+"""
+NOT_IP, TRUNCATED = -1, -2
+ETHERNET = bytes(12)
+SOURCE4, DESTINATION4 = bytes([10, 0, 0, 1]), bytes([10, 0, 0, 2])
+SOURCE6, DESTINATION6 = (
+    bytes.fromhex("fd00" + "00" * 13 + "01"),
+    bytes.fromhex("fd00" + "00" * 13 + "02"),
+)
+PORTS = struct.pack("!HHI", 1234, 80, 0) + bytes(12)
+
+
+class Offsets(ctypes.Structure):
+    _fields_ = (("network", ctypes.c_uint16), ("transport", ctypes.c_uint16))
+
+
+@pytest.fixture(scope="module")
+def parse(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("parse")
+    (directory / "parse.c").write_text(WRAPPER)
+    library = directory / "parse.so"
+    command = [
+        "gcc",
+        "-O1",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-Wno-unknown-pragmas",
+        "-shared",
+        "-fPIC",
+    ]
+    command += ["-fsanitize=undefined", "-fno-sanitize=alignment", "-fno-sanitize-recover"]
+    command += [f"-I{loader.default_bpf_dir()}", "-o", str(library), str(directory / "parse.c")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    function = ctypes.CDLL(str(library)).parse
+
+    def run(frame: bytes) -> tuple[int, bpf_types.FlowKey, Offsets]:
+        key, offsets = bpf_types.FlowKey(), Offsets()
+        # at the end of a page of its own a read too far would be seen by the sanitizer as a wrong result below
+        data = ctypes.create_string_buffer(frame, len(frame)) if frame else None
+        result = function(data, len(frame), ctypes.byref(key), ctypes.byref(offsets))
+        return result, key, offsets
+
+    return run
+
+
+def ipv4(protocol=6, payload=PORTS, options=b"", fragment=0) -> bytes:
+    words = 5 + len(options) // 4
+    total = words * 4 + len(payload)
+    head = struct.pack("!BBHHHBBH", 4 << 4 | words, 0, total, 1, fragment, 64, protocol, 0)
+    return head + SOURCE4 + DESTINATION4 + options + payload
+
+
+def ipv6(next_header=6, payload=PORTS) -> bytes:
+    head = struct.pack("!IHBB", 6 << 28, len(payload), next_header, 64)
+    return head + SOURCE6 + DESTINATION6 + payload
+
+
+def extension(following: int, words: int = 0) -> bytes:
+    return bytes([following, words]) + bytes(6 + 8 * words)
+
+
+def frame(packet: bytes, *tags: int) -> bytes:
+    kind = 0x0800 if packet[0] >> 4 == 4 else 0x86DD
+    types = [*tags, kind]
+    text = ETHERNET + struct.pack("!H", types[0])
+    for following in types[1:]:
+        text += struct.pack("!HH", 7, following)
+    return text + packet
+
+
+# frame, protocol, (source port, destination port) or None, offset of the IP header
+SHAPES = {
+    "tcp4": (frame(ipv4()), 6, (1234, 80), 14),
+    "udp4-options": (frame(ipv4(17, options=bytes(40))), 17, (1234, 80), 14),
+    "sctp4-vlan": (frame(ipv4(132), 0x8100), 132, (1234, 80), 18),
+    "tcp4-qinq": (frame(ipv4(), 0x88A8, 0x8100), 6, (1234, 80), 22),
+    "icmp4": (frame(ipv4(1, bytes([8, 0]) + bytes(6))), 1, (0, 8 << 8), 14),
+    "first-fragment4": (frame(ipv4(17, fragment=0x2000)), 17, (1234, 80), 14),
+    "later-fragment4": (frame(ipv4(17, fragment=0x2001)), 17, None, 14),
+    "gre4": (frame(ipv4(47)), 47, None, 14),
+    "tcp6": (frame(ipv6()), 6, (1234, 80), 14),
+    "icmp6": (frame(ipv6(58, bytes([128, 0]) + bytes(6))), 58, (0, 128 << 8), 14),
+    "tcp6-hop-by-hop-and-options": (
+        frame(ipv6(0, extension(60) + extension(6, 2) + PORTS)),
+        6,
+        (1234, 80),
+        14,
+    ),
+    "udp6-atomic-fragment": (frame(ipv6(44, bytes([17]) + bytes(7) + PORTS)), 17, (1234, 80), 14),
+    "udp6-later-fragment": (
+        frame(ipv6(44, bytes([17, 0, 5, 0]) + bytes(4) + PORTS)),
+        17,
+        None,
+        14,
+    ),
+    "tcp6-six-extensions": (
+        frame(ipv6(0, b"".join(extension(0) for _ in range(5)) + extension(6) + PORTS)),
+        6,
+        (1234, 80),
+        14,
+    ),
+    "tcp6-seven-extensions": (
+        frame(ipv6(0, b"".join(extension(0) for _ in range(6)) + extension(6) + PORTS)),
+        0,
+        None,
+        14,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_whole_packet(parse, name):
+    data, protocol, ports, network = SHAPES[name]
+    result, key, offsets = parse(data)
+    assert result == 0
+    assert (key.protocol, key.pad, offsets.network) == (protocol, 0, network)
+    if ports is None:
+        assert key.no_ports == 1
+    else:
+        assert (key.source_port, key.destination_port, key.no_ports) == (*ports, 0)
+        assert offsets.transport > network
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_packet_cut_at_any_length_is_truncated_or_has_no_ports_or_is_as_it_was(parse, name):
+    data, protocol, ports, network = SHAPES[name]
+    header = network + (20 if data[network] >> 4 == 4 else 40)
+    for length in range(len(data)):
+        result, key, _ = parse(data[:length])
+        if length < header:
+            assert result == TRUNCATED, length
+            continue
+        assert result == 0, length
+        if not key.no_ports:
+            assert (key.protocol, (key.source_port, key.destination_port)) == (protocol, ports), (
+                length
+            )
+
+
+@pytest.mark.parametrize("kind", [0x0806, 0x8847, 0x88CC, 0])
+def test_what_is_not_ip_is_told_so(parse, kind):
+    assert parse(ETHERNET + struct.pack("!H", kind) + bytes(60))[0] == NOT_IP
+
+
+def test_a_header_length_below_the_minimum_is_no_header(parse):
+    broken = bytearray(frame(ipv4()))
+    broken[14] = 0x44
+    assert parse(bytes(broken))[0] == TRUNCATED
+
+
+def test_a_version_that_the_type_denies_is_no_header(parse):
+    assert parse(ETHERNET + b"\x08\x00" + ipv6())[0] == TRUNCATED
+    assert parse(ETHERNET + b"\x86\xdd" + ipv4() + bytes(40))[0] == TRUNCATED
