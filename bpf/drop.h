@@ -200,17 +200,21 @@ static __always_inline void observe_drop(struct slot *slot, __u64 address, __u32
 	struct dead_packet dead = {};
 	struct arrival arrival = {};
 	struct verdict verdict = {};
+	enum proof proof;
 	__u64 *total;
 
 	if (!config || !config->enabled || !scratch || !reason)
 		return;
 	read_dead_packet(&dead, address, config);
-	if (!is_same_packet(slot, dead.tc_index, dead.iif)) {
+	if (!recall(slot, address, scratch, &arrival) || arrival.state == SLOT_FREE)
+		return;
+	read_tuple(&scratch->key, &dead);
+	proof = proof_of(slot, dead.tc_index, dead.iif);
+	if (proof == PROOF_NONE ||
+	    (proof == PROOF_INTERFACE && !shares_a_side(&scratch->key, &scratch->arrived))) {
 		count(COUNT_STALE_DROP);
 		return;
 	}
-	if (!recall(slot, address, scratch, &arrival) || arrival.state == SLOT_FREE)
-		return;
 	if (died_elsewhere(address, config, &ifindex))
 		return;
 	if (arrival.state == SLOT_EGRESSED && !(reason->flags & DROP_AFTER_EGRESS))
@@ -222,7 +226,6 @@ static __always_inline void observe_drop(struct slot *slot, __u64 address, __u32
 		side = live_side();
 	} else {
 		/* not watched as it came in; as what NAT made of it? */
-		read_tuple(&scratch->key, &dead);
 		key = &scratch->key;
 		if (!(classify(key, scratch, &verdict, &side, false) & CLASSIFY_MATCH))
 			verdict.action = ACTION_NONE;

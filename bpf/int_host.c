@@ -214,21 +214,30 @@ static __always_inline const struct flow_key *judge_leaving(struct scratch *scra
 	return &scratch->arrived;
 }
 
-/* True if the slot is this packet's and its outcome is still open; *arrival is what it told. */
-static __always_inline bool claim_slot(struct __sk_buff *skb, struct slot *slot, __u64 address,
-				       struct scratch *scratch, struct arrival *arrival, bool *settled)
+enum claim {
+	CLAIM_NONE = 0,    /* not this packet's slot */
+	CLAIM_OPEN = 1,    /* this packet's, and its outcome is still open: *arrival is what it told */
+	CLAIM_SETTLED = 2, /* this packet's, and it has had its outcome */
+};
+
+/* Look whether a slot is this packet's. `parsed`: scratch->key is the packet's tuple as it is now. */
+static __always_inline enum claim claim_slot(struct __sk_buff *skb, struct slot *slot, __u64 address, bool parsed,
+					     struct scratch *scratch, struct arrival *arrival)
 {
-	*settled = false;
-	if (slot->skb != address)
-		return false;
-	if (!is_same_packet(slot, (__u16)skb->tc_index, skb->ingress_ifindex)) {
+	enum proof proof = proof_of(slot, (__u16)skb->tc_index, skb->ingress_ifindex);
+
+	if (proof == PROOF_NONE) {
 		disown_slot(slot);
-		return false;
+		return CLAIM_NONE;
 	}
 	if (!recall(slot, address, scratch, arrival))
-		return false;
-	*settled = arrival->state != SLOT_PENDING;
-	return !*settled;
+		return CLAIM_NONE;
+	if (proof == PROOF_INTERFACE && !(parsed && shares_a_side(&scratch->key, &scratch->arrived))) {
+		disown_slot(slot);
+		arrival->watchlist = 0;
+		return CLAIM_NONE;
+	}
+	return arrival->state == SLOT_PENDING ? CLAIM_OPEN : CLAIM_SETTLED;
 }
 
 int egress(struct __sk_buff *skb)
@@ -239,7 +248,8 @@ int egress(struct __sk_buff *skb)
 	struct observation seen = {};
 	struct arrival arrival = {};
 	struct slot *slot;
-	bool parsed, mine, settled;
+	enum claim claim = CLAIM_NONE;
+	bool parsed, mine, found;
 	__u64 address;
 	__u32 side = 0;
 
@@ -249,12 +259,15 @@ int egress(struct __sk_buff *skb)
 	slot = slot_of(address);
 	if (!slot)
 		return TC_ACT_UNSPEC;
-	mine = claim_slot(skb, slot, address, scratch, &arrival, &settled);
+	found = slot->skb == address;
 	/* no slot: either not watched at ingress, or sent by the host itself */
-	if (settled || (!mine && skb->ingress_ifindex))
+	if (!found && skb->ingress_ifindex)
 		return TC_ACT_UNSPEC;
 	parsed = parse_packet(skb, scratch) == 0;
-	if (!parsed && !mine)
+	if (found)
+		claim = claim_slot(skb, slot, address, parsed, scratch, &arrival);
+	mine = claim == CLAIM_OPEN;
+	if (claim == CLAIM_SETTLED || (!mine && (skb->ingress_ifindex || !parsed)))
 		return TC_ACT_UNSPEC;
 	seen.key = judge_leaving(scratch, arrival.watchlist, parsed, &verdict, &side);
 	if (verdict.action != ACTION_REPORT) {

@@ -37,9 +37,34 @@ static __always_inline struct slot *slot_of(__u64 address)
 	return slots.lookup(&index);
 }
 
-static __always_inline bool is_same_packet(const struct slot *slot, __u16 tc_index, __u32 ingress_ifindex)
+enum proof {
+	PROOF_NONE = 0,
+	PROOF_INTERFACE = 1, /* the tag is gone, the ingress interface agrees: the tuple must agree as well */
+	PROOF_TAG = 2,
+};
+
+/*
+ * Whether a packet found by its address is the one that left the slot. A tag that is another one says no, whatever the
+ * interface says: what the kernel makes of a packet inside the node (segments, clones) inherits both.
+ */
+static __always_inline enum proof proof_of(const struct slot *slot, __u16 tc_index, __u32 ingress_ifindex)
 {
-	return tc_index == slot->tag || (ingress_ifindex && ingress_ifindex == slot->ifindex);
+	if (tc_index == slot->tag)
+		return PROOF_TAG;
+	if (tc_index & TAG_NEVER_ZERO)
+		return PROOF_NONE;
+	return ingress_ifindex && ingress_ifindex == slot->ifindex ? PROOF_INTERFACE : PROOF_NONE;
+}
+
+/* NAT changes one side of a packet; one that has neither side in common is another packet. */
+static __always_inline bool shares_a_side(const struct flow_key *one, const struct flow_key *other)
+{
+	const __u64 *a = (const __u64 *)one->source, *b = (const __u64 *)other->source;
+	const __u64 *c = (const __u64 *)one->destination, *d = (const __u64 *)other->destination;
+
+	if (one->family != other->family || one->protocol != other->protocol)
+		return false;
+	return (a[0] == b[0] && a[1] == b[1]) || (c[0] == d[0] && c[1] == d[1]);
 }
 
 /* What a slot told of a packet. The tuple is in scratch->arrived. */

@@ -182,3 +182,24 @@ def test_hop_latency_grows_with_a_queue_inside_the_node(scene):
         node.namespace.run("tc", "qdisc", "del", "dev", "cni0", "root")
     assert slow["hopLatency"] >= 3_000_000
     assert slow["flags"]["q"]
+
+
+def test_segments_made_inside_the_node_are_not_taken_for_other_packets(scene):
+    """A shaper cuts large TCP packets into new ones that inherit interface and tag: their addresses lead to strangers' slots."""
+    scene.watch(scenes.watchlist("source: {cidrs: [10.244.0.0/16]}", "interval: 10ms"))
+    client, server = scene.pods()
+    node = scene.nodes[1]
+    # at most 400 kB wait, at 20 Mbit/s: 160 ms
+    shaper = "tc qdisc replace dev cni0 root tbf rate 20mbit burst 4000 limit 400000"
+    node.namespace.run(*shaper.split())
+    try:
+        with traffic.tcp_echo(server.namespace, server.address, 8080):
+            for _ in range(6):
+                traffic.tcp_exchange(client.namespace, server.address, 8080, b"x" * 400_000)
+                time.sleep(0.3)
+    finally:
+        node.namespace.run(*"tc qdisc del dev cni0 root".split())
+    scene.quiet()
+    slow = [r for r in scene.reports(node) if r["hopLatency"] > 250_000_000]
+    assert slow == []
+    assert len(scene.reports(node)) > 10
