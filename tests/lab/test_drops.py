@@ -203,3 +203,13 @@ def test_segments_made_inside_the_node_are_not_taken_for_other_packets(scene):
     slow = [r for r in scene.reports(node) if r["hopLatency"] > 250_000_000]
     assert slow == []
     assert len(scene.reports(node)) > 10
+
+
+def test_what_a_pod_itself_refuses_is_no_drop_of_the_node(scene):
+    """Forwarded, then refused by the pod's own stack: the same kernel, another network namespace."""
+    scene.watch(EVERYTHING)
+    client, server = scene.pods()
+    port = traffic.send_udp(client.namespace, server.address, 4999, count=5)
+    assert scene.wait_reports(scene.nodes[1], sourcePort=port)
+    scene.quiet()
+    assert scene.collector.records("drop") == []
