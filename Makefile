@@ -7,7 +7,7 @@ SHELL := /bin/bash
 PYTHON := .venv/bin/python
 PYTEST := .venv/bin/pytest
 PACKAGES := python3-bpfcc python3-venv gcc libc6-dev linux-libc-dev iproute2 nftables iptables \
-	iputils-ping procps kmod util-linux bpftool openssl ca-certificates
+	iputils-ping procps kmod util-linux bpftool openssl ca-certificates git
 KEEP ?=
 export HOSTINT_BPF_DIR := $(CURDIR)/bpf
 
@@ -25,7 +25,9 @@ build/setup.stamp: pyproject.toml Makefile
 	fi
 	@test -x $(PYTHON) || { echo "making .venv"; /usr/bin/python3 -m venv --system-site-packages .venv; }
 	@echo "installing Python packages into .venv"
-	@.venv/bin/pip install -q --disable-pip-version-check -e '.[operator,dev]' </dev/null
+	@# without build isolation: that would ask the index again, and not with this machine's trust and settings
+	@.venv/bin/pip install -q --disable-pip-version-check 'setuptools>=77' wheel </dev/null
+	@.venv/bin/pip install -q --disable-pip-version-check --no-build-isolation -e '.[operator,dev]' </dev/null
 	@mkdir -p build && touch $@
 
 try: setup ## a taste in half a minute: one node and its pods as namespaces, real traffic, reports as they arrive
