@@ -80,10 +80,10 @@ static __always_inline void read_tuple(struct flow_key *key, const struct dead_p
 		READ_FIELD(key->protocol, ip, 6);
 	}
 	READ_FIELD(ports, ip, header_bytes);
-	if (key->protocol == 6 || key->protocol == 17 || key->protocol == 132) {
+	if (key->protocol == PROTO_TCP || key->protocol == PROTO_UDP || key->protocol == PROTO_SCTP) {
 		key->source_port = bpf_ntohs(ports[0]);
 		key->destination_port = bpf_ntohs(ports[1]);
-	} else if (key->protocol == 1 || key->protocol == 58) {
+	} else if (key->protocol == PROTO_ICMP || key->protocol == PROTO_ICMPV6) {
 		key->destination_port = bpf_ntohs(ports[0]);
 	} else {
 		key->no_ports = 1;

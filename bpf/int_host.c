@@ -20,10 +20,6 @@
 #include "slot.h"
 #include "drop.h"
 
-#define IPPROTO_ICMP_V4 1
-#define IPPROTO_ICMP_V6 58
-#define IPPROTO_TCP_L4 6
-#define IPPROTO_UDP_L4 17
 #define CURRENT_NETNS (-1)
 
 /* One watched packet on its way to a report. */
@@ -124,7 +120,7 @@ static __always_inline bool is_delivered_here(struct __sk_buff *skb, const struc
 	__builtin_memcpy(&address, key->destination, sizeof(address));
 	if (!local_addresses.lookup(&address))
 		return false;
-	if (key->no_ports || (key->protocol != IPPROTO_TCP_L4 && key->protocol != IPPROTO_UDP_L4))
+	if (key->no_ports || (key->protocol != PROTO_TCP && key->protocol != PROTO_UDP))
 		return true;
 	if (key->family == 4) {
 		tuple.ipv4.saddr = key->source[0];
@@ -139,7 +135,7 @@ static __always_inline bool is_delivered_here(struct __sk_buff *skb, const struc
 		tuple.ipv6.dport = bpf_htons(key->destination_port);
 		tuple_bytes = sizeof(tuple.ipv6);
 	}
-	if (key->protocol == IPPROTO_TCP_L4)
+	if (key->protocol == PROTO_TCP)
 		sock = bpf_sk_lookup_tcp(skb, &tuple, tuple_bytes, CURRENT_NETNS, 0);
 	else
 		sock = bpf_sk_lookup_udp(skb, &tuple, tuple_bytes, CURRENT_NETNS, 0);

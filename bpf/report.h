@@ -192,7 +192,7 @@ static __always_inline void restore_tuple(__u8 *packet, __u32 snapshot_bytes, co
 		__builtin_memcpy(ip + 8, key->source, 16);
 		__builtin_memcpy(ip + 24, key->destination, 16);
 	}
-	if (key->no_ports || key->protocol == 1 || key->protocol == 58)
+	if (key->no_ports || key->protocol == PROTO_ICMP || key->protocol == PROTO_ICMPV6)
 		return;
 	if (offsets->transport <= SNAP_BYTES - 4 && transport + 4 <= snapshot_bytes) {
 		*(__be16 *)(packet + transport) = bpf_htons(key->source_port);

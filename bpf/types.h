@@ -126,11 +126,9 @@ struct config {
 	__u32 skb_tail;
 	__u32 skb_mac_header;
 	__u32 skb_network_header;
-	__u32 skb_len;
 	__u32 dev_ifindex;
 	__u32 dev_net;
 	__u32 net_cookie;
-	__u32 drop_reason_arg; /* index of the reason in kfree_skb's arguments; 0: this kernel has none */
 };
 
 enum drop_flag {

@@ -156,11 +156,9 @@ class Config(ctypes.Structure):
         ("skb_tail", ctypes.c_uint32),
         ("skb_mac_header", ctypes.c_uint32),
         ("skb_network_header", ctypes.c_uint32),
-        ("skb_len", ctypes.c_uint32),
         ("dev_ifindex", ctypes.c_uint32),
         ("dev_net", ctypes.c_uint32),
         ("net_cookie", ctypes.c_uint32),
-        ("drop_reason_arg", ctypes.c_uint32),
     )
 
 

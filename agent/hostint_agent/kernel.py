@@ -51,7 +51,6 @@ class Offsets:
     skb_tail: int
     skb_mac_header: int
     skb_network_header: int
-    skb_len: int
     dev_ifindex: int
     dev_net: int
     net_cookie: int
@@ -154,7 +153,6 @@ def offsets() -> Offsets:
         skb_tail=offset("sk_buff", "tail"),
         skb_mac_header=offset("sk_buff", "mac_header"),
         skb_network_header=offset("sk_buff", "network_header"),
-        skb_len=offset("sk_buff", "len"),
         dev_ifindex=offset("net_device", "ifindex"),
         dev_net=offset("net_device", "nd_net"),
         net_cookie=offset("net", "net_cookie"),
@@ -223,7 +221,6 @@ class DatapathConfig:
         for field, value in dataclasses.asdict(offsets()).items():
             setattr(self._config, field, value)
         self._config.netns_cookie = netns_cookie()
-        self._config.drop_reason_arg = 2
         self._config.node_id = node_id
         self.refresh_wall_offset()
         table = bpf_calls.Map.open(self._maps / "drop_reasons")
