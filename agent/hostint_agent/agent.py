@@ -23,6 +23,7 @@ from hostint_agent import (
     loader,
     metrics,
     node_rules,
+    senders,
     settings,
     tables,
     topology,
@@ -147,7 +148,7 @@ class Agent:
 
     async def keep_time(self) -> None:
         """Follow the wall clock, and notice when a collector's health changes."""
-        before: dict[str, exporter.Health] = {}
+        before: dict[str, senders.Health] = {}
         while True:
             await asyncio.sleep(_CLOCK_INTERVAL_S)
             self._config.refresh_wall_offset()
@@ -159,7 +160,7 @@ class Agent:
             before = health
 
     def _tell_collectors(
-        self, before: dict[str, exporter.Health], now: dict[str, exporter.Health]
+        self, before: dict[str, senders.Health], now: dict[str, senders.Health]
     ) -> None:
         for name, health in now.items():
             was = before.get(name)

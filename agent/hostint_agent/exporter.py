@@ -7,161 +7,30 @@ sent up to 64 records whose position it did not write any more: these are sent t
 """
 
 import ctypes
-import errno
 import mmap
-import os
-import socket
 import struct
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
 
-from hostint_agent import bpf_calls, bpf_types
+from hostint_agent import bpf_calls, bpf_types, senders
 from hostint_agent.node_rules import Destination
 
-_LIBC = ctypes.CDLL(None, use_errno=True)
-_SOL_UDP = 17
-_UDP_SEGMENT = 103
-_SO_SNDBUFFORCE = 32
-_SEND_BUFFER_BYTES = 8 << 20
-_MAX_SEGMENTS = 64
-_MAX_BATCH_BYTES = 65_000
 _CHUNK = 1024
 _MIN_WAIT_S, _MAX_WAIT_S = 0.002, 0.05
 _STOP_S = 1.5
 # with more CPUs several rings share a hw id, and only we can number its reports
 HW_IDS_PER_KIND = 32
-# a collector is believed again when a report has gone without error this long after the last one: ICMP errors are rate-limited
-_ERROR_MEMORY_S = 10.0
 # longer than a program needs from taking a sequence number to handing over the record
 _SETTLE_S = 0.002
 _MASK32 = (1 << 32) - 1
 # of the sequence number in a record: big endian in every format there is
 _SEQUENCE_OFFSET = 4
-_NO_SEGMENTS = (errno.EIO, errno.EINVAL, errno.EOPNOTSUPP, errno.EMSGSIZE)
 
 log = structlog.get_logger()
-
-
-@dataclass(frozen=True, slots=True)
-class Health:
-    """What sending to one collector is like now."""
-
-    reachable: bool
-    reason: str
-    message: str
-
-
-class _MessageHeader(ctypes.Structure):
-    """struct msghdr of the C library."""
-
-    _fields_ = (
-        ("name", ctypes.c_void_p),
-        ("name_bytes", ctypes.c_uint32),
-        ("iov", ctypes.c_void_p),
-        ("iov_count", ctypes.c_size_t),
-        ("control", ctypes.c_void_p),
-        ("control_bytes", ctypes.c_size_t),
-        ("flags", ctypes.c_int),
-    )
-
-
-class Sender:
-    """A connected UDP socket to one collector."""
-
-    def __init__(
-        self, destination: Destination, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        """Connect. Raises OSError (no route)."""
-        self.destination = destination
-        family = socket.AF_INET6 if ":" in destination.address else socket.AF_INET
-        self._socket = socket.socket(family, socket.SOCK_DGRAM)
-        try:
-            self._socket.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _SEND_BUFFER_BYTES)
-        except PermissionError:
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
-        self._mark(family, destination.dscp << 2)
-        try:
-            self._socket.connect((destination.address, destination.port))
-        except OSError:
-            self._socket.close()
-            raise
-        self._segments = True
-        control = struct.pack("=QiiHxxxxxx", 18, _SOL_UDP, _UDP_SEGMENT, 0)
-        self._control = ctypes.create_string_buffer(control, 24)
-        self._segment_bytes = ctypes.c_uint16.from_buffer(self._control, 16)
-        self._header = _MessageHeader()
-        self._clock = clock
-        self._last_error: tuple[float, int] | None = None
-        self._last_success = 0.0
-
-    def _mark(self, family: int, tos: int) -> None:
-        if family == socket.AF_INET:
-            self._socket.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, tos)
-        else:
-            self._socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_TCLASS, tos)
-
-    def close(self) -> None:
-        """Close the socket."""
-        self._socket.close()
-
-    def send(self, iov: int, count: int, length: int) -> int:
-        """Send `count` reports of `length` bytes each, from the iovec at address `iov`; how many of them failed."""
-        most = min(_MAX_SEGMENTS, _MAX_BATCH_BYTES // length) if self._segments else 1
-        failed = sent = 0
-        while sent < count:
-            batch = min(most, count - sent)
-            code = self._send_batch(iov + 16 * sent, batch, length)
-            if code in _NO_SEGMENTS and batch > 1:
-                # a route without segmentation offload (IPsec, for one): one by one from now on
-                self._segments, most = False, 1
-                continue
-            if code:
-                self._last_error = (self._clock(), code)
-                failed += batch
-            else:
-                self._last_success = self._clock()
-            sent += batch
-        return failed
-
-    def _send_batch(self, iov: int, count: int, length: int) -> int:
-        """One sendmsg; 0 or an errno. An error that belongs to an earlier datagram is noted and the call made again."""
-        header = self._header
-        header.iov, header.iov_count = iov, count
-        self._segment_bytes.value = length
-        header.control = ctypes.addressof(self._control) if count > 1 else None
-        header.control_bytes = 24 if count > 1 else 0
-        for _ in range(3):
-            if _LIBC.sendmsg(self._socket.fileno(), ctypes.byref(header), 0) >= 0:
-                return 0
-            code = ctypes.get_errno()
-            if code == errno.EINTR:
-                continue
-            if code != errno.ECONNREFUSED:
-                return code
-            self._last_error = (self._clock(), code)
-        return code
-
-    def health(self) -> Health:
-        """Reachable, unless there was an error and no report has gone well since."""
-        where = f"{self.destination.address}:{self.destination.port}"
-        # what came back for the last report, before there is another one that would meet it
-        code = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if code:
-            self._last_error = (self._clock(), code)
-        error = self._last_error
-        if error is None or self._last_success - error[0] > _ERROR_MEMORY_S:
-            return Health(True, "Sending", f"reports go to {where}")
-        code = error[1]
-        reason = "PortUnreachable" if code == errno.ECONNREFUSED else "SendFailed"
-        words = os.strerror(code).lower()
-        if code == errno.ECONNREFUSED:
-            words = "port unreachable: nothing listens there"
-        return Health(False, reason, f"{where}: {words}")
 
 
 class _Rings:
@@ -292,7 +161,7 @@ class Exporter:
         self._wanted: Mapping[int, Destination] = {}
         # those that were wanted once, as long as their index is nobody else's: what waits for them still goes there
         self._known: dict[int, Destination] = {}
-        self._senders: dict[int, Sender] = {}
+        self._senders: dict[int, senders.Sender] = {}
         self._connect_errors: dict[int, tuple[float, str]] = {}
         self._stopping = threading.Event()
         self._started = False
@@ -338,21 +207,23 @@ class Exporter:
             self._known |= wanted
             self._connect_errors.clear()
 
-    def health(self) -> dict[str, Health]:
+    def health(self) -> dict[str, senders.Health]:
         """How each collector is doing, by name."""
         with self._lock:
             told = {}
             for index, destination in self._wanted.items():
                 sender = self._senders.get(index)
                 if index in self._connect_errors:
-                    told[destination.name] = Health(
+                    told[destination.name] = senders.Health(
                         False, "NoRoute", self._connect_errors[index][1]
                     )
                 elif sender:
                     told[destination.name] = sender.health()
                 else:
                     where = f"{destination.address}:{destination.port}"
-                    told[destination.name] = Health(True, "Idle", f"no report for {where} yet")
+                    told[destination.name] = senders.Health(
+                        True, "Idle", f"no report for {where} yet"
+                    )
             return told
 
     def fill(self) -> list[int]:
@@ -418,7 +289,7 @@ class Exporter:
         counter.sent += count - failed
         counter.failed += failed
 
-    def _sender(self, collector: int) -> Sender | None:
+    def _sender(self, collector: int) -> senders.Sender | None:
         """The socket of a collector, made when first needed; None while there is no way to it."""
         sender = self._senders.get(collector)
         if sender is not None:
@@ -430,7 +301,7 @@ class Exporter:
         if error and self._clock() - error[0] < 1.0:
             return None
         try:
-            sender = Sender(destination, self._clock)
+            sender = senders.Sender(destination, self._clock)
         except OSError as failure:
             where = f"{destination.address}:{destination.port}"
             words = f"{where}: {(failure.strerror or str(failure)).lower()}"
@@ -448,7 +319,7 @@ def _run_end(lengths: list[int], collectors: list[int], begin: int) -> int:
     """End of the run of at most 64 records from `begin` on that go to one collector and are equally long."""
     length, collector = lengths[begin], collectors[begin]
     end = begin + 1
-    limit = min(begin + _MAX_SEGMENTS, len(lengths))
+    limit = min(begin + senders.MAX_SEGMENTS, len(lengths))
     while end < limit and lengths[end] == length and collectors[end] == collector:
         end += 1
     return end
