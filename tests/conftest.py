@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from hostint_agent.__main__ import ensure_bpffs
 from tests.testcluster import Cluster, ControlPlane, images
+
+
+@pytest.fixture(scope="session", autouse=True)
+def bpffs() -> None:
+    """A bpffs where the agent would have one: a fresh machine has none mounted."""
+    if os.geteuid() == 0:
+        ensure_bpffs(Path("/sys/fs/bpf"))
 
 
 @pytest.fixture(scope="session")
