@@ -10,7 +10,10 @@ _COMPARE = {"<=": operator.le, ">=": operator.ge, "==": operator.eq}
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Figure:
-    """`key` is stable (it is the key in bench.json); `baseline` is what `value` was measured against in the same run."""
+    """`key` is stable (it is the key in bench.json); `baseline` is what `value` was measured against in the same run.
+
+    `low` and `high` are the quartiles over rounds. What is not `shown` is a point of a plot: in bench.json, not in the table.
+    """
 
     key: str
     what: str
@@ -20,6 +23,9 @@ class Figure:
     goal: float | None = None
     baseline: str = ""
     rounds: int = 1
+    low: float | None = None
+    high: float | None = None
+    shown: bool = True
 
     @property
     def reached(self) -> bool | None:

@@ -39,6 +39,16 @@ class Namespace:
         """Start a program."""
         return subprocess.Popen(self.command(*arguments), text=True, **more)
 
+    def enter(self) -> None:
+        """Move the calling thread in here, for good."""
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            if _LIBC.setns(handle, _CLONE_NEWNET):
+                code = ctypes.get_errno()
+                raise OSError(code, os.strerror(code), str(self.path))
+        finally:
+            os.close(handle)
+
     def inside(self, function: Callable[[], T]) -> T:
         """Call a function in a thread that is in here; sockets it makes stay here, whoever uses them."""
         result: list[T] = []
@@ -46,13 +56,7 @@ class Namespace:
 
         def work() -> None:
             try:
-                handle = os.open(self.path, os.O_RDONLY)
-                try:
-                    if _LIBC.setns(handle, _CLONE_NEWNET):
-                        code = ctypes.get_errno()
-                        raise OSError(code, os.strerror(code), str(self.path))
-                finally:
-                    os.close(handle)
+                self.enter()
                 result.append(function())
             except BaseException as error:
                 failure.append(error)

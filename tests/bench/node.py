@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A node that forwards what the generators make: in on a veth, through the stack, out on an ifb that drops.
+
+    generator -> in0 (TC ingress) -> ip_forward -> out0 (TC egress) -> gone
+
+The second generator has in1 and out1, so that two CPUs share nothing but what the programs make them share.
+"""
+
+import contextlib
+import ctypes
+import os
+import shutil
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from hostint_agent import attach, bpf_calls, bpf_types, classifier
+from tests.bench import generator
+from tests.lab import datapath, topology
+from tests.lab.namespace import Namespace, ip
+
+WATCHLIST = 1
+HOUR_NS = 3600 * 10**9
+HOOKS = ("in0", "out0", "in1", "out1")
+# where packets of the second generator go
+SECOND_NETWORK = "10.97.0.0/16"
+_ENABLE_STATS = 32
+_PROGRAM_INFO_BYTES = 232
+_RUN_TIME = 192  # struct bpf_prog_info: run_time_ns, then run_cnt
+_SYSCTLS = (
+    "net.ipv4.ip_forward=1",
+    "net.ipv4.conf.all.rp_filter=0",
+    "net.ipv4.conf.default.rp_filter=0",
+    "net.ipv6.conf.all.disable_ipv6=1",
+    "net.ipv6.conf.default.disable_ipv6=1",
+)
+
+
+class WrongCount(Exception):
+    """A run did not do what it was to measure; its figures would be lies."""
+
+
+class Node:
+    """The namespace, the datapath in it, and the generators; see `node`."""
+
+    def __init__(self, namespace: Namespace, pins: Path, loaded: datapath.Datapath) -> None:
+        self.namespace = namespace
+        self.datapath = loaded
+        self._pins = pins
+        cpus = generator.choose_cpus()
+        self.generators = [
+            generator.Generator(pins, number, cpu, namespace, f"in{number}")
+            for number, cpu in enumerate(cpus)
+        ]
+        indexes = self._indexes()
+        attach.Ports(loaded.maps).assign(indexes.values())
+        loaded.set_local_addresses(["127.0.0.1", "10.76.0.1", "10.76.1.1", "10.99.0.11"])
+        loaded.enable()
+
+    def _indexes(self) -> dict[str, int]:
+        shown = self.namespace.run("ip", "-o", "link", "show")
+        pairs = (line.split(":")[:2] for line in shown.splitlines())
+        return {name.strip().split("@")[0]: int(index) for index, name in pairs}
+
+    def close(self) -> None:
+        """Let go of the generators' interfaces."""
+        for made in self.generators:
+            made.close()
+
+    def program(self, name: str) -> int:
+        """A descriptor of one of generator.c's programs; the caller closes it."""
+        return bpf_calls.obj_get(self._pins / name)
+
+    @contextlib.contextmanager
+    def attached(self) -> Iterator[None]:
+        """All programs of the datapath, as the agent attaches them."""
+        try:
+            for interface in self._used():
+                self.datapath.attach(interface)
+            self.datapath.attach_drop()
+            yield
+        finally:
+            self.datapath.detach()
+
+    @contextlib.contextmanager
+    def attached_empty(self) -> Iterator[None]:
+        """Programs that return at once, on the same hooks."""
+        indexes = self._indexes()
+        try:
+            for interface in self._used():
+                for kind in (bpf_calls.TCX_INGRESS, bpf_calls.TCX_EGRESS):
+                    self.datapath.attach_program(self.program("empty"), indexes[interface], kind)
+            yield
+        finally:
+            self.datapath.detach()
+
+    def _used(self) -> Sequence[str]:
+        return HOOKS[: 2 * len(self.generators)]
+
+    def commit(self, image: classifier.Image, **policy: int) -> None:
+        """Make compiled rules live; their reports go to one collector without limit."""
+        self.datapath.tables.commit(
+            image,
+            {WATCHLIST: datapath.policy(**policy)},
+            {0: bpf_types.Collector(snap_length=bpf_types.SNAP_BYTES)},
+        )
+
+    def forwarded(self, number: int = 0) -> int:
+        """How many packets reached the end of the path behind TC egress."""
+        table = self.namespace.inside(lambda: Path("/proc/thread-self/net/dev").read_text())
+        row = next(line for line in table.splitlines() if line.strip().startswith(f"out{number}:"))
+        return int(row.split(":")[1].split()[3])
+
+    def run(self, count: int) -> float:
+        """Send `count` packets by the first generator; ns a packet. Raises WrongCount if one of them went astray."""
+        before = self.forwarded()
+        found = self.generators[0].run(count)
+        arrived = self.forwarded() - before
+        if arrived != count:
+            raise WrongCount(f"{arrived} of {count} packets came through")
+        return found
+
+
+def _build(namespace: Namespace) -> None:
+    name = namespace.name
+    ip(f"netns add {name}")
+    namespace.run("sysctl", "-qw", *_SYSCTLS)
+    ip(f"-n {name} link set lo up")
+    for number in range(generator.NR_GENERATORS):
+        ip(
+            f"-n {name} link add in{number} address 02:00:00:00:01:01 type veth peer name peer{number}",
+            f"-n {name} link set in{number} up",
+            f"-n {name} link set peer{number} up",
+            f"-n {name} link add out{number} type ifb",
+            f"-n {name} link set out{number} up",
+            f"-n {name} addr add 10.76.{number}.1/24 dev out{number}",
+        )
+    ip(
+        f"-n {name} route add default via 10.76.0.2 dev out0",
+        f"-n {name} route add {SECOND_NETWORK} via 10.76.1.2 dev out1",
+    )
+
+
+def _bpf_dir() -> Path | None:
+    """Which sources to load: HOSTINT_BPF_DIR as everywhere."""
+    text = os.environ.get("HOSTINT_BPF_DIR")
+    return Path(text) if text else None
+
+
+@contextlib.contextmanager
+def node() -> Iterator[Node]:
+    """A forwarding node with a loaded datapath, nothing attached; all of it is gone afterwards."""
+    topology.remove_leftovers()
+    namespace = Namespace(f"hl{os.getpid()}-bench")  # what a killed process leaves goes as a lab's
+    pins = Path(f"/sys/fs/bpf/hostint-bench-{os.getpid()}")
+    with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, pins, ignore_errors=True)
+        pins.mkdir()
+        stack.callback(topology.remove_namespaces, namespace.name)
+        _build(namespace)
+        generator.load(pins)
+        loaded = stack.enter_context(datapath.loaded(namespace, _bpf_dir()))
+        made = Node(namespace, pins, loaded)
+        stack.callback(made.close)
+        yield made
+
+
+@contextlib.contextmanager
+def run_times() -> Iterator[None]:
+    """Have the kernel count runs and run time of every program; that makes them slower."""
+    opened = bpf_calls.bpf(_ENABLE_STATS, struct.pack("=I", 0), "enable statistics")
+    try:
+        yield
+    finally:
+        os.close(opened)
+
+
+def program_times(program: int) -> tuple[int, int]:
+    """ns that a program ran and how often, while `run_times` was on."""
+    info = ctypes.create_string_buffer(_PROGRAM_INFO_BYTES)
+    attr = struct.pack("=IIQ", program, len(info), ctypes.addressof(info))
+    bpf_calls.bpf(bpf_calls.OBJ_GET_INFO_BY_FD, attr, "program info")
+    ns, runs = struct.unpack_from("=QQ", info, _RUN_TIME)
+    return ns, runs
