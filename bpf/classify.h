@@ -312,24 +312,29 @@ static __always_inline __u32 intersect_cached(__u32 side, const struct classifie
 	return rule;
 }
 
-/* The side that is live now. */
-static __always_inline __u32 live_side(void)
+/* How many commits there were; a program reads it once and uses the side that it names, of all tables. */
+static __always_inline __u64 live_generation(void)
 {
 	__u32 zero = 0;
 	__u64 *generation = classifier_generation.lookup(&zero);
 
-	return generation ? (__u32)READ_ONCE(*generation) & 1 : 0;
+	return generation ? READ_ONCE(*generation) : 0;
+}
+
+static __always_inline __u32 side_of(__u64 generation)
+{
+	return generation & 1;
 }
 
 /*
- * Judge a tuple. Returns enum classify_flag bits; out and side are set on a match. What is found on the way goes through
- * scratch memory: the verifier forgets there what it knew, and so has fewer states to walk. `cached` is a constant: a
- * tracepoint program may be interrupted by a TC program on its CPU and must leave the cache alone.
+ * Judge a tuple by one side. Returns enum classify_flag bits; out is set on a match. What is found on the way goes
+ * through scratch memory: the verifier forgets there what it knew, and so has fewer states to walk. `cached` is a constant:
+ * a tracepoint program may be interrupted by a TC program on its CPU and must leave the cache alone.
  */
 static __always_inline __u32 classify(const struct flow_key *key, struct scratch *scratch, struct verdict *out,
-				      __u32 *side_used, bool cached)
+				      __u32 side, bool cached)
 {
-	__u32 side = live_side(), group, rule;
+	__u32 group, rule;
 	struct classifier_side *tables = classifier_sides.lookup(&side);
 	struct verdict *verdict;
 
@@ -366,6 +371,5 @@ static __always_inline __u32 classify(const struct flow_key *key, struct scratch
 	if (!verdict || !verdict->action)
 		return CLASSIFY_POSSIBLE;
 	*out = *verdict;
-	*side_used = side;
 	return CLASSIFY_MATCH;
 }

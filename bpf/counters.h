@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only */
-/* Counting. Per CPU, and atomic only where a tracepoint program could be interrupted by a TC program on its CPU. */
+/*
+ * Counting, per CPU and without atomics: a counter has one kind of program that writes it. TC programs run with softirqs
+ * off and never within each other; the tracepoint program may be interrupted by them, but not by itself.
+ */
 #pragma once
 #include "maps.h"
 
@@ -9,10 +12,23 @@ static __always_inline void count(enum datapath_counter counter)
 	__u64 *value = datapath_counters.lookup(&index);
 
 	if (value)
-		__sync_fetch_and_add(value, 1);
+		*value += 1;
 }
 
-static __always_inline struct watchlist_counters *counters_of(__u32 watchlist)
+static __always_inline struct watchlist_counters *counters_of(enum counter_user user, __u32 watchlist)
 {
-	return watchlist_counters.lookup(&watchlist);
+	__u32 index = user * MAX_WATCHLISTS + (watchlist & (MAX_WATCHLISTS - 1));
+
+	return watchlist_counters.lookup(&index);
+}
+
+/* Store a word that makes what was written before visible to other CPUs. */
+static __always_inline void publish(__u64 *word, __u64 value)
+{
+#ifdef STORES_ARE_ORDERED
+	barrier();
+	WRITE_ONCE(*word, value);
+#else
+	__sync_lock_test_and_set(word, value);
+#endif
 }

@@ -18,6 +18,12 @@
 /* spreads the drop reasons of one flow over the flow table, away from the flow itself */
 #define REASON_HASH 0x9fb21c651e98df25ULL
 
+/* What its slot told of the packet; its tuple as it came in is in scratch->arrived. */
+struct arrival {
+	__u64 arrival_ns;
+	__u32 ifindex;
+};
+
 /* What is read of the dying sk_buff; offsets come from BTF by way of the config. */
 struct dead_packet {
 	__u64 head;
@@ -112,7 +118,7 @@ static __always_inline __u32 put_dead_snapshot(const struct dead_packet *dead, c
 		return skipped;
 	bytes = bounded(bytes);
 	if (bpf_probe_read_kernel(to + skipped, bytes, (void *)(dead->head + start)) < 0) {
-		count(COUNT_SNAPSHOT_FAILED);
+		count(COUNT_DROP_SNAPSHOT_FAILED);
 		return skipped;
 	}
 	return skipped + bytes;
@@ -131,13 +137,13 @@ static __always_inline __u8 refine_reason(const struct drop_reason *reason, cons
 }
 
 /* Decide on a watched packet that died and write its report; every path counts exactly one outcome. */
-static __always_inline void report_drop(const struct config *config, __u32 side, const struct verdict *verdict,
-					const struct arrival *arrival, const struct flow_key *key,
-					const struct dead_packet *dead, const struct drop_reason *reason,
-					__u32 egress_ifindex)
+static __always_inline void report_drop(const struct config *config, __u32 side, __u16 watchlist,
+					struct watchlist_counters *counters, const struct arrival *arrival,
+					const struct flow_key *key, const struct dead_packet *dead,
+					const struct drop_reason *reason, __u32 egress_ifindex)
 {
-	struct watchlist_counters *counters = counters_of(verdict->watchlist);
-	const struct policy *policy = policy_of(side, verdict->watchlist);
+	const struct policy *policy = policy_of(side, watchlist);
+	struct flow_state state = {};
 	const struct collector *collector;
 	__u8 code = refine_reason(reason, dead, key);
 	__u64 hash = flow_hash(key), drop_hash, now = bpf_ktime_get_ns();
@@ -147,17 +153,17 @@ static __always_inline void report_drop(const struct config *config, __u32 side,
 	__u32 bytes;
 	bool known;
 
-	if (!counters || !policy)
+	if (!policy)
 		return;
 	collector = collector_of(side, policy->collector);
 	if (!collector)
 		return;
 	if (!(policy->events & EVENT_DROP) || !(reason->flags & DROP_REPORT)) {
-		__sync_fetch_and_add(&counters->drops_not_asked, 1);
+		counters->drops_not_asked++;
 		return;
 	}
 	if (!is_sampled(hash, policy->sample)) {
-		__sync_fetch_and_add(&counters->drops_sampled_out, 1);
+		counters->drops_sampled_out++;
 		return;
 	}
 	drop_hash = (hash ^ (code * REASON_HASH)) | 1;
@@ -165,22 +171,24 @@ static __always_inline void report_drop(const struct config *config, __u32 side,
 	if (!flow)
 		return;
 	if (known && now - flow->reported_ns < policy->interval_ns) {
-		__sync_fetch_and_add(&counters->drops_suppressed, 1);
+		counters->drops_suppressed++;
 		return;
 	}
 	result = reserve_record(RING_DROP, policy->collector, collector, now, &record);
-	if (result != RESERVED) {
-		__sync_fetch_and_add(result == RESERVE_RATE_LIMITED ? &counters->drops_rate_limited :
-								      &counters->drops_ring_full,
-				     1);
+	if (result == RESERVE_RATE_LIMITED) {
+		counters->drops_rate_limited++;
+		return;
+	}
+	if (result == RESERVE_RING_FULL) {
+		counters->drops_ring_full++;
 		return;
 	}
 	put_v05_drop(&record, config, V05_D | ((reason->flags & DROP_QUEUE) ? V05_Q : 0), arrival->arrival_ns,
 		     port_id(arrival->ifindex), port_id(egress_ifindex), code);
 	bytes = put_dead_snapshot(dead, key, record.bytes + V05_DROP_BYTES, collector->snap_length);
 	commit_record(&record, V05_DROP_BYTES + bytes);
-	remember_flow(flow, known, drop_hash, now, 0, 0, false);
-	__sync_fetch_and_add(&counters->drops_reported, 1);
+	remember_flow(flow, known, drop_hash, now, state, COUNT_DROP_EVICTED);
+	counters->drops_reported++;
 }
 
 static __always_inline __u32 reason_index(__u32 reason)
@@ -188,26 +196,39 @@ static __always_inline __u32 reason_index(__u32 reason)
 	return (reason & 0xff) | (reason >> SUBSYSTEM_SHIFT ? SUBSYSTEM_INDEX : 0);
 }
 
-/* A packet that has the address of a watched one was freed as dropped. */
-static __always_inline void observe_drop(struct slot *slot, __u64 address, __u32 kernel_reason)
+/* The verdict on a packet that died: that which it got on arrival, or else what NAT made of it. 0: not watched. */
+static __always_inline __u16 judge_death(struct scratch *scratch, __u16 watched_for, __u32 side)
+{
+	struct verdict verdict = {};
+
+	if (watched_for)
+		return watched_for;
+	if (!(classify(&scratch->key, scratch, &verdict, side, false) & CLASSIFY_MATCH))
+		return 0;
+	return verdict.action == ACTION_REPORT ? verdict.watchlist : 0;
+}
+
+/* A packet that has the address of a watched one was freed as dropped; `owner` is the word of its slot. */
+static __always_inline void observe_drop(struct slot *slot, __u64 address, __u64 owner, __u32 kernel_reason)
 {
 	const struct config *config = current_config();
 	struct scratch *scratch = scratch_of(SCRATCH_DROP);
-	__u32 index = reason_index(kernel_reason), side = 0, ifindex = 0;
+	__u32 index = reason_index(kernel_reason), side = side_of(live_generation()), ifindex = 0;
 	const struct drop_reason *reason = drop_reasons.lookup(&index);
+	__u16 watched_for = owner_watchlist(owner), watchlist;
+	enum slot_state state = owner_state(owner);
 	struct watchlist_counters *counters;
-	const struct flow_key *key;
+	struct arrival arrival;
 	struct dead_packet dead = {};
-	struct arrival arrival = {};
-	struct verdict verdict = {};
 	enum proof proof;
 	__u64 *total;
 
 	if (!config || !config->enabled || !scratch || !reason)
 		return;
 	read_dead_packet(&dead, address, config);
-	if (!recall(slot, address, scratch, &arrival) || arrival.state == SLOT_FREE)
-		return;
+	arrival.arrival_ns = slot->arrival_ns;
+	arrival.ifindex = slot->ifindex;
+	scratch->arrived = slot->key;
 	read_tuple(&scratch->key, &dead);
 	proof = proof_of(slot, dead.tc_index, dead.iif);
 	if (proof == PROOF_NONE ||
@@ -217,29 +238,21 @@ static __always_inline void observe_drop(struct slot *slot, __u64 address, __u32
 	}
 	if (died_elsewhere(address, config, &ifindex))
 		return;
-	if (arrival.state == SLOT_EGRESSED && !(reason->flags & DROP_AFTER_EGRESS))
+	if (state == SLOT_EGRESSED && !(reason->flags & DROP_AFTER_EGRESS))
 		return;
-	key = &scratch->arrived;
-	if (arrival.watchlist) {
-		verdict.action = ACTION_REPORT;
-		verdict.watchlist = arrival.watchlist;
-		side = live_side();
-	} else {
-		/* not watched as it came in; as what NAT made of it? */
-		key = &scratch->key;
-		if (!(classify(key, scratch, &verdict, &side, false) & CLASSIFY_MATCH))
-			verdict.action = ACTION_NONE;
-	}
-	forget_slot(slot, address);
-	if (verdict.action != ACTION_REPORT)
+	watchlist = judge_death(scratch, watched_for, side);
+	if (!exchange_owner(slot, owner, 0) || !watchlist)
 		return;
-	move_count(arrival.watchlist, verdict.watchlist);
-	counters = counters_of(verdict.watchlist);
-	if (counters)
-		__sync_fetch_and_add(arrival.state == SLOT_PENDING ? &counters->dropped : &counters->dropped_late, 1);
+	counters = counters_of(COUNTERS_DROP, watchlist);
 	total = drop_counters.lookup(&index);
-	if (total)
-		__sync_fetch_and_add(total, 1);
-	report_drop(config, side, &verdict, &arrival, key, &dead, reason,
-		    arrival.state == SLOT_EGRESSED ? ifindex : 0);
+	if (!counters || !total)
+		return;
+	move_count(COUNTERS_DROP, watched_for, watchlist);
+	if (state == SLOT_PENDING)
+		counters->dropped++;
+	else
+		counters->dropped_late++;
+	*total += 1;
+	report_drop(config, side, watchlist, counters, &arrival, watched_for ? &scratch->arrived : &scratch->key, &dead,
+		    reason, state == SLOT_EGRESSED ? ifindex : 0);
 }

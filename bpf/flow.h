@@ -59,32 +59,51 @@ static __always_inline __u32 saturate_u32(__u64 value)
 	return value > 0xffffffff ? 0xffffffff : value;
 }
 
+/* What of an observation the flow table keeps. */
+struct flow_state {
+	__u32 latency_ns; /* saturated */
+	__u32 egress;     /* see struct flow */
+};
+
+#define FLOW_CONGESTED 1U
+
+static __always_inline struct flow_state flow_state_of(__u64 latency_ns, __u32 egress_ifindex, bool congested)
+{
+	struct flow_state state = {
+		.latency_ns = saturate_u32(latency_ns),
+		.egress = (egress_ifindex << 1) | congested,
+	};
+
+	return state;
+}
+
 /* Which reports this packet is due, as enum report_event bits; 0: none. */
-static __always_inline __u32 due_events(const struct flow *flow, bool known, const struct policy *policy,
-					__u64 now, __u32 latency_ns, __u16 egress_port, bool congested)
+static __always_inline __u32 due_events(const struct flow *flow, bool known, const struct policy *policy, __u64 now,
+					struct flow_state state)
 {
 	bool period_over = !known || now - flow->reported_ns >= policy->interval_ns;
-	__u32 moved = latency_ns > flow->latency_ns ? latency_ns - flow->latency_ns :
-						      flow->latency_ns - latency_ns;
+	__u32 moved = state.latency_ns > flow->latency_ns ? state.latency_ns - flow->latency_ns :
+							    flow->latency_ns - state.latency_ns;
+	__u32 changed = state.egress ^ flow->egress;
 	__u32 due = 0;
 
 	if ((policy->events & EVENT_FLOW) &&
-	    (period_over || flow->egress_port != egress_port ||
+	    (period_over || (changed & ~FLOW_CONGESTED) ||
 	     (policy->latency_change_ns && moved > policy->latency_change_ns)))
 		due |= EVENT_FLOW;
-	if ((policy->events & EVENT_QUEUE) && congested && (period_over || !flow->congested))
+	if ((policy->events & EVENT_QUEUE) && (state.egress & FLOW_CONGESTED) &&
+	    (period_over || !(flow->egress & FLOW_CONGESTED)))
 		due |= EVENT_QUEUE;
 	return due;
 }
 
 static __always_inline void remember_flow(struct flow *flow, bool known, __u64 hash, __u64 now,
-					  __u32 latency_ns, __u16 egress_port, bool congested)
+					  struct flow_state state, enum datapath_counter evicted)
 {
 	if (!known && flow->signature)
-		count(COUNT_FLOW_EVICTED);
+		count(evicted);
 	flow->signature = hash;
 	flow->reported_ns = now;
-	flow->latency_ns = latency_ns;
-	flow->egress_port = egress_port;
-	flow->congested = congested;
+	flow->latency_ns = state.latency_ns;
+	flow->egress = state.egress;
 }

@@ -15,6 +15,7 @@
 #include "parse.h"
 #include "classify.h"
 #include "flow.h"
+#include "local.h"
 #include "policy.h"
 #include "report.h"
 #include "slot.h"
@@ -42,7 +43,7 @@ static __always_inline int parse_packet(struct __sk_buff *skb, struct scratch *s
 static __always_inline bool write_report(struct __sk_buff *skb, const struct config *config, __u32 side,
 					 const struct policy *policy, const struct observation *seen,
 					 const struct packet_offsets *offsets, __u32 flags,
-					 struct watchlist_counters *counters, __u16 egress_port)
+					 struct watchlist_counters *counters)
 {
 	const struct collector *collector = collector_of(side, policy->collector);
 	struct record record = {};
@@ -60,8 +61,8 @@ static __always_inline bool write_report(struct __sk_buff *skb, const struct con
 		counters->ring_full++;
 		return false;
 	}
-	put_v05_local(&record, config, flags, seen->ingress_ns, seen->now,
-		      port_id(seen->ingress_ifindex), egress_port);
+	put_v05_local(&record, config, flags, seen->ingress_ns, seen->now, port_id(seen->ingress_ifindex),
+		      port_id(seen->egress_ifindex));
 	bytes = put_snapshot(skb, record.bytes + V05_LOCAL_BYTES, collector->snap_length);
 	if (seen->translated)
 		restore_tuple(record.bytes + V05_LOCAL_BYTES, bytes, seen->key, offsets);
@@ -71,16 +72,15 @@ static __always_inline bool write_report(struct __sk_buff *skb, const struct con
 }
 
 /* Decide on a watched packet that was forwarded, sent or delivered; every path counts exactly one outcome. */
-static __always_inline void observe(struct __sk_buff *skb, const struct config *config, __u32 side,
-				    const struct verdict *verdict, const struct observation *seen,
-				    const struct packet_offsets *offsets)
+static __always_inline void observe(struct __sk_buff *skb, const struct config *config, __u32 side, __u16 watchlist,
+				    const struct observation *seen, const struct packet_offsets *offsets)
 {
-	struct watchlist_counters *counters = counters_of(verdict->watchlist);
-	const struct policy *policy = policy_of(side, verdict->watchlist);
-	__u64 hash = flow_hash(seen->key), latency = seen->now - seen->ingress_ns;
+	struct watchlist_counters *counters = counters_of(COUNTERS_TC, watchlist);
+	const struct policy *policy = policy_of(side, watchlist);
+	__u64 hash = flow_hash(seen->key), latency_ns = seen->now - seen->ingress_ns;
+	struct flow_state state;
 	struct flow *flow;
-	__u16 egress_port;
-	__u32 due, latency_ns;
+	__u32 due;
 	bool known, congested;
 
 	if (!counters || !policy)
@@ -96,17 +96,16 @@ static __always_inline void observe(struct __sk_buff *skb, const struct config *
 	flow = find_flow(hash, &known);
 	if (!flow)
 		return;
-	latency_ns = saturate_u32(latency);
-	congested = policy->congestion_latency_ns && latency >= policy->congestion_latency_ns;
-	egress_port = port_id(seen->egress_ifindex);
-	due = due_events(flow, known, policy, seen->now, latency_ns, egress_port, congested);
+	congested = policy->congestion_latency_ns && latency_ns >= policy->congestion_latency_ns;
+	state = flow_state_of(latency_ns, seen->egress_ifindex, congested);
+	due = due_events(flow, known, policy, seen->now, state);
 	if (!due) {
 		counters->suppressed++;
 		return;
 	}
 	if (write_report(skb, config, side, policy, seen, offsets,
-			 ((due & EVENT_FLOW) ? V05_F : 0) | (congested ? V05_Q : 0), counters, egress_port))
-		remember_flow(flow, known, hash, seen->now, latency_ns, egress_port, congested);
+			 ((due & EVENT_FLOW) ? V05_F : 0) | (congested ? V05_Q : 0), counters))
+		remember_flow(flow, known, hash, seen->now, state, COUNT_FLOW_EVICTED);
 }
 
 /* True if a socket of this namespace takes the packet: the address is ours and, for TCP and UDP, a socket is there. */
@@ -114,11 +113,9 @@ static __always_inline bool is_delivered_here(struct __sk_buff *skb, const struc
 {
 	struct bpf_sock_tuple tuple = {};
 	struct bpf_sock *sock = NULL;
-	struct address address;
 	__u32 tuple_bytes;
 
-	__builtin_memcpy(&address, key->destination, sizeof(address));
-	if (!local_addresses.lookup(&address))
+	if (!is_local_address(key->destination))
 		return false;
 	if (key->no_ports || (key->protocol != PROTO_TCP && key->protocol != PROTO_UDP))
 		return true;
@@ -145,40 +142,60 @@ static __always_inline bool is_delivered_here(struct __sk_buff *skb, const struc
 	return true;
 }
 
+/* A watched packet for which no slot could be had: its way through the host cannot be followed. */
+static __always_inline void count_unfollowed(__u16 watchlist)
+{
+	struct watchlist_counters *counters;
+
+	count(COUNT_SLOT_BUSY);
+	if (!watchlist)
+		return;
+	counters = counters_of(COUNTERS_TC, watchlist);
+	if (counters)
+		counters->unverified++;
+}
+
 int ingress(struct __sk_buff *skb)
 {
 	const struct config *config = current_config();
 	struct scratch *scratch = scratch_of(SCRATCH_TC);
 	struct verdict verdict = {};
-	__u32 side = 0, flags = 0;
 	struct slot *slot;
-	__u64 address, now;
+	__u64 address, generation, now;
+	__u32 flags = 0;
+	__u16 watchlist;
+	bool delivered;
 	int parsed;
 
 	if (!config || !config->enabled || !scratch)
 		return TC_ACT_UNSPEC;
+	generation = live_generation();
 	parsed = parse_packet(skb, scratch);
 	if (parsed == 0)
-		flags = classify(&scratch->key, scratch, &verdict, &side, true);
+		flags = classify(&scratch->key, scratch, &verdict, side_of(generation), true);
 	else
 		count(parsed == PARSE_NOT_IP ? COUNT_NOT_IP : COUNT_TRUNCATED);
 	address = packet_address(skb, scratch);
 	slot = slot_of(address);
 	if (!slot)
 		return TC_ACT_UNSPEC;
-	if (verdict.action == ACTION_IGNORE || !(flags & (CLASSIFY_MATCH | CLASSIFY_POSSIBLE))) {
-		if (slot->skb == address)
-			release_slot(slot);
+	if (!flags || verdict.action == ACTION_IGNORE) {
+		if (is_owner(READ_ONCE(slot->owner), address))
+			release_slot(slot, READ_ONCE(slot->owner));
 		return TC_ACT_UNSPEC;
 	}
 	now = bpf_ktime_get_ns();
-	take_slot(slot, address, now, skb->ifindex, &scratch->key, SLOT_PENDING);
-	skb->tc_index = slot->tag;
-	if (verdict.action != ACTION_REPORT)
-		return TC_ACT_UNSPEC;
-	slot->watchlist = verdict.watchlist;
-	count_watched(verdict.watchlist, 1);
-	if (is_delivered_here(skb, &scratch->key)) {
+	/* 0: in no rule yet, but NAT may still make it match */
+	watchlist = verdict.action == ACTION_REPORT ? verdict.watchlist : 0;
+	delivered = watchlist && is_delivered_here(skb, &scratch->key);
+	if (watchlist)
+		count_watched(counters_of(COUNTERS_TC, watchlist), 1);
+	if (take_slot(slot, owner_word(address, watchlist, delivered ? SLOT_DELIVERED : SLOT_PENDING), now,
+		      skb->ifindex, generation, &scratch->key))
+		skb->tc_index = tag_of(now);
+	else if (!delivered)
+		count_unfollowed(watchlist);
+	if (delivered) {
 		struct observation seen = {
 			.key = &scratch->key,
 			.ingress_ns = now,
@@ -186,68 +203,67 @@ int ingress(struct __sk_buff *skb)
 			.ingress_ifindex = skb->ifindex,
 		};
 
-		slot->key.pad = SLOT_DELIVERED;
-		observe(skb, config, side, &verdict, &seen, &scratch->offsets);
+		observe(skb, config, side_of(generation), watchlist, &seen, &scratch->offsets);
 	}
 	return TC_ACT_UNSPEC;
 }
 
-/*
- * The verdict on a packet that leaves, into *verdict; returns the tuple that it is about. The tuple as it is now comes
- * first. Else the verdict that it got on arrival stands, whatever the rules are by now.
- */
-static __always_inline const struct flow_key *judge_leaving(struct scratch *scratch, __u16 watched_for, bool parsed,
-							    struct verdict *verdict, __u32 *side)
-{
-	if (parsed && (classify(&scratch->key, scratch, verdict, side, true) & CLASSIFY_MATCH))
-		return &scratch->key;
-	verdict->action = ACTION_NONE;
-	if (!watched_for)
-		return &scratch->key;
-	verdict->action = ACTION_REPORT;
-	verdict->watchlist = watched_for;
-	*side = live_side();
-	return &scratch->arrived;
-}
-
-enum claim {
-	CLAIM_NONE = 0,    /* not this packet's slot */
-	CLAIM_OPEN = 1,    /* this packet's, and its outcome is still open: *arrival is what it told */
-	CLAIM_SETTLED = 2, /* this packet's, and it has had its outcome */
+/* What there is to say of a packet that leaves. */
+struct departure {
+	__u64 owner; /* of its slot as it was found; 0: it has none */
+	__u64 generation;
+	__u16 watchlist; /* that it is reported for; 0: none */
+	bool translated; /* what matched is the tuple that it came with, in scratch->arrived */
 };
 
-/* Look whether a slot is this packet's. `parsed`: scratch->key is the packet's tuple as it is now. */
-static __always_inline enum claim claim_slot(struct __sk_buff *skb, struct slot *slot, __u64 address, bool parsed,
-					     struct scratch *scratch, struct arrival *arrival)
+/*
+ * Judge a packet that leaves by the tuple that it has now; if that is in no rule, the verdict that it got on arrival
+ * stands. Nothing needs to be looked up again where neither the packet nor the rules have changed since.
+ */
+static __always_inline void judge_departure(struct scratch *scratch, const struct slot *slot, bool parsed,
+					    struct departure *leaving)
+{
+	__u16 watched_for = owner_watchlist(leaving->owner);
+	struct verdict verdict = {};
+
+	if (leaving->owner && parsed && slot->generation == (__u16)leaving->generation &&
+	    is_same_tuple(&scratch->key, &slot->key)) {
+		leaving->watchlist = watched_for;
+		return;
+	}
+	if (parsed && (classify(&scratch->key, scratch, &verdict, side_of(leaving->generation), true) & CLASSIFY_MATCH)) {
+		leaving->watchlist = verdict.action == ACTION_REPORT ? verdict.watchlist : 0;
+		return;
+	}
+	leaving->watchlist = watched_for;
+	leaving->translated = watched_for != 0;
+	if (leaving->translated)
+		scratch->arrived = slot->key;
+}
+
+/* Whether a slot that carries the packet's address is this packet's, still waiting for its outcome. */
+static __always_inline bool is_departing(struct __sk_buff *skb, struct slot *slot, __u64 owner, bool parsed,
+					 const struct scratch *scratch)
 {
 	enum proof proof = proof_of(slot, (__u16)skb->tc_index, skb->ingress_ifindex);
 
-	if (proof == PROOF_NONE) {
-		disown_slot(slot);
-		return CLAIM_NONE;
+	if (proof == PROOF_NONE ||
+	    (proof == PROOF_INTERFACE && !(parsed && shares_a_side(&scratch->key, &slot->key)))) {
+		disown_slot(slot, owner);
+		return false;
 	}
-	if (!recall(slot, address, scratch, arrival))
-		return CLAIM_NONE;
-	if (proof == PROOF_INTERFACE && !(parsed && shares_a_side(&scratch->key, &scratch->arrived))) {
-		disown_slot(slot);
-		arrival->watchlist = 0;
-		return CLAIM_NONE;
-	}
-	return arrival->state == SLOT_PENDING ? CLAIM_OPEN : CLAIM_SETTLED;
+	return true;
 }
 
 int egress(struct __sk_buff *skb)
 {
 	const struct config *config = current_config();
 	struct scratch *scratch = scratch_of(SCRATCH_TC);
-	struct verdict verdict = {};
+	struct departure leaving = {};
 	struct observation seen = {};
-	struct arrival arrival = {};
 	struct slot *slot;
-	enum claim claim = CLAIM_NONE;
-	bool parsed, mine, found;
-	__u64 address;
-	__u32 side = 0;
+	__u64 address, owner;
+	bool parsed;
 
 	if (!config || !config->enabled || !scratch)
 		return TC_ACT_UNSPEC;
@@ -255,50 +271,59 @@ int egress(struct __sk_buff *skb)
 	slot = slot_of(address);
 	if (!slot)
 		return TC_ACT_UNSPEC;
-	found = slot->skb == address;
+	owner = READ_ONCE(slot->owner);
 	/* no slot: either not watched at ingress, or sent by the host itself */
-	if (!found && skb->ingress_ifindex)
-		return TC_ACT_UNSPEC;
+	if (!is_owner(owner, address)) {
+		if (skb->ingress_ifindex)
+			return TC_ACT_UNSPEC;
+		owner = 0;
+	}
 	parsed = parse_packet(skb, scratch) == 0;
-	if (found)
-		claim = claim_slot(skb, slot, address, parsed, scratch, &arrival);
-	mine = claim == CLAIM_OPEN;
-	if (claim == CLAIM_SETTLED || (!mine && (skb->ingress_ifindex || !parsed)))
-		return TC_ACT_UNSPEC;
-	seen.key = judge_leaving(scratch, arrival.watchlist, parsed, &verdict, &side);
-	if (verdict.action != ACTION_REPORT) {
-		if (mine) {
-			move_count(arrival.watchlist, 0);
-			forget_slot(slot, address);
-		}
+	if (owner && is_departing(skb, slot, owner, parsed, scratch)) {
+		if (owner_state(owner) != SLOT_PENDING)
+			return TC_ACT_UNSPEC;
+		leaving.owner = owner;
+	} else if (skb->ingress_ifindex || !parsed) {
 		return TC_ACT_UNSPEC;
 	}
-	seen.now = bpf_ktime_get_ns();
+	leaving.generation = live_generation();
+	judge_departure(scratch, slot, parsed, &leaving);
+	seen.key = leaving.translated ? &scratch->arrived : &scratch->key;
+	seen.translated = leaving.translated;
 	seen.egress_ifindex = skb->ifindex;
-	if (mine) {
-		seen.ingress_ns = arrival.arrival_ns;
-		seen.ingress_ifindex = arrival.ifindex;
-		seen.translated = seen.key == &scratch->arrived;
-	} else {
+	if (leaving.owner) {
+		__u64 settled = owner_word(address, leaving.watchlist, SLOT_EGRESSED);
+
+		seen.ingress_ns = slot->arrival_ns;
+		seen.ingress_ifindex = slot->ifindex;
+		/* from here on the outcome is ours to count, or it was another's */
+		if (!exchange_owner(slot, leaving.owner, leaving.watchlist ? settled : 0))
+			return TC_ACT_UNSPEC;
+		move_count(COUNTERS_TC, owner_watchlist(leaving.owner), leaving.watchlist);
+		seen.now = bpf_ktime_get_ns();
+	} else if (leaving.watchlist) {
 		/* sent by the host: one observation point, no latency; the slot is for drops in the egress queue */
-		seen.ingress_ns = seen.now;
-		take_slot(slot, address, seen.now, 0, &scratch->key, SLOT_EGRESSED);
-		skb->tc_index = slot->tag;
+		seen.now = seen.ingress_ns = bpf_ktime_get_ns();
+		count_watched(counters_of(COUNTERS_TC, leaving.watchlist), 1);
+		if (take_slot(slot, owner_word(address, leaving.watchlist, SLOT_EGRESSED), seen.now, 0,
+			      leaving.generation, &scratch->key))
+			skb->tc_index = tag_of(seen.now);
 	}
-	settle_slot(slot, address, verdict.watchlist, SLOT_EGRESSED);
-	move_count(arrival.watchlist, verdict.watchlist);
-	observe(skb, config, side, &verdict, &seen, &scratch->offsets);
+	if (leaving.watchlist)
+		observe(skb, config, side_of(leaving.generation), leaving.watchlist, &seen, &scratch->offsets);
 	return TC_ACT_UNSPEC;
 }
 
 int drop(struct bpf_raw_tracepoint_args *ctx)
 {
-	__u64 address = ctx->args[0];
+	__u64 address = ctx->args[0], owner;
 	struct slot *slot = slot_of(address);
 
-	/* nearly every dropped packet of the machine leaves here */
-	if (!slot || slot->skb != address)
+	if (!slot)
 		return 0;
-	observe_drop(slot, address, (__u32)ctx->args[2]);
+	owner = READ_ONCE(slot->owner);
+	/* nearly every dropped packet of the machine leaves here */
+	if (is_owner(owner, address))
+		observe_drop(slot, address, owner, (__u32)ctx->args[2]);
 	return 0;
 }

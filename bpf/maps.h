@@ -17,6 +17,8 @@ PINNED_ARRAY(drop_reasons, struct drop_reason, DROP_REASONS);
 PINNED_HASH(ports, __u32, __u64, 8192);
 /* addresses of the host itself; IPv4 in the first word */
 PINNED_HASH(local_addresses, struct address, __u64, 4096);
+/* a bit for each hash of such an address: see local.h */
+PINNED_ARRAY(local_filter, __u64, NR_LOCAL_FILTER_WORDS);
 /* sequence numbers: index = ring * MAX_COLLECTORS + collector, ring = CPU * RINGS_PER_CPU + kind */
 PINNED_MMAPABLE(sequences, __u64, NR_RINGS * MAX_COLLECTORS);
 /* the rings: index = ring * RING_RECORDS + (position & (RING_RECORDS - 1)) */
@@ -27,6 +29,6 @@ PINNED_MMAPABLE(ring_heads, struct ring_position, NR_RINGS);
 PINNED_MMAPABLE(ring_tails, struct ring_position, NR_RINGS);
 /* sent and failed reports per collector, kept by the exporter over its own restarts: {sent, failed} */
 PINNED_MMAPABLE(export_counters, struct export_counter, MAX_COLLECTORS);
-PINNED_PERCPU_ARRAY(watchlist_counters, struct watchlist_counters, MAX_WATCHLISTS);
+PINNED_PERCPU_ARRAY(watchlist_counters, struct watchlist_counters, NR_COUNTER_USERS * MAX_WATCHLISTS);
 PINNED_PERCPU_ARRAY(datapath_counters, __u64, NR_DATAPATH_COUNTERS);
 PINNED_PERCPU_ARRAY(drop_counters, __u64, DROP_REASONS);

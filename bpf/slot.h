@@ -3,6 +3,11 @@
  * Slots tie a packet's ingress to its egress or its death. The index comes from the packet's address; an address alone
  * proves nothing, since the allocator hands a freed one to the next packet at once (often the reply). What proves it is
  * the tag that ingress left in tc_index, or, where a CNI's filter overwrote that, the ingress interface.
+ *
+ * A slot belongs to whom its owner word names: address of the packet, state, and the watchlist that counted it. All that
+ * changes hands does so by compare-and-exchange of that word, so whatever CPUs do at the same time, the outcome of a
+ * packet is counted once, by the one whose exchange succeeded. Only the owner of a packet may look for its address, so a
+ * word that is still the same when it is exchanged proves everything that was read from the slot before.
  */
 #pragma once
 #include "counters.h"
@@ -37,6 +42,40 @@ static __always_inline struct slot *slot_of(__u64 address)
 	return slots.lookup(&index);
 }
 
+/* Kernel addresses differ in OWNER_ADDRESS only: 8-byte aligned, and the same in the top byte. */
+static __always_inline __u64 owner_word(__u64 address, __u16 watchlist, enum slot_state state)
+{
+	return ((__u64)watchlist << OWNER_WATCHLIST_SHIFT) | (address & OWNER_ADDRESS) | state;
+}
+
+static __always_inline enum slot_state owner_state(__u64 owner)
+{
+	return owner & OWNER_STATE;
+}
+
+static __always_inline __u16 owner_watchlist(__u64 owner)
+{
+	return owner >> OWNER_WATCHLIST_SHIFT;
+}
+
+/* Whether a slot was left by a packet of this address: this one, or one that is dead. */
+static __always_inline bool is_owner(__u64 owner, __u64 address)
+{
+	return ((owner ^ address) & OWNER_ADDRESS) == 0 && owner_state(owner) >= SLOT_PENDING;
+}
+
+/* What ingress leaves in tc_index: never 0, never what a classifier of tc would plausibly put there. */
+static __always_inline __u16 tag_of(__u64 now)
+{
+	return (__u16)(now >> 5) | TAG_NEVER_ZERO;
+}
+
+/* Change the owner word; false if another CPU was first. */
+static __always_inline bool exchange_owner(struct slot *slot, __u64 seen, __u64 owner)
+{
+	return __sync_val_compare_and_swap(&slot->owner, seen, owner) == seen;
+}
+
 enum proof {
 	PROOF_NONE = 0,
 	PROOF_INTERFACE = 1, /* the tag is gone, the ingress interface agrees: the tuple must agree as well */
@@ -56,6 +95,13 @@ static __always_inline enum proof proof_of(const struct slot *slot, __u16 tc_ind
 	return ingress_ifindex && ingress_ifindex == slot->ifindex ? PROOF_INTERFACE : PROOF_NONE;
 }
 
+static __always_inline bool is_same_tuple(const struct flow_key *one, const struct flow_key *other)
+{
+	const __u64 *a = (const __u64 *)one, *b = (const __u64 *)other;
+
+	return a[0] == b[0] && a[1] == b[1] && a[2] == b[2] && a[3] == b[3] && a[4] == b[4];
+}
+
 /* NAT changes one side of a packet; one that has neither side in common is another packet. */
 static __always_inline bool shares_a_side(const struct flow_key *one, const struct flow_key *other)
 {
@@ -67,114 +113,79 @@ static __always_inline bool shares_a_side(const struct flow_key *one, const stru
 	return (a[0] == b[0] && a[1] == b[1]) || (c[0] == d[0] && c[1] == d[1]);
 }
 
-/* What a slot told of a packet. The tuple is in scratch->arrived. */
-struct arrival {
-	__u64 arrival_ns;
-	__u32 ifindex;
-	__u16 watchlist;
-	__u8 state;
-};
-
 /*
- * Read a slot that was found by its packet's address. False if another packet took the slot over meanwhile, on another
- * CPU: only the owner of a packet may look for its address, so the address still being there proves the rest.
+ * Counters of one watchlist, of the program that counts. Each kind of program has its own, so that none needs an atomic
+ * addition: TC programs run with softirqs off, and the tracepoint program, which they may interrupt, not within itself.
  */
-static __always_inline bool recall(const struct slot *slot, __u64 address, struct scratch *scratch,
-				   struct arrival *arrival)
+static __always_inline void count_watched(struct watchlist_counters *counters, __s64 change)
 {
-	arrival->arrival_ns = slot->arrival_ns;
-	arrival->ifindex = slot->ifindex;
-	arrival->watchlist = slot->watchlist;
-	scratch->arrived = slot->key;
-	arrival->state = scratch->arrived.pad;
-	barrier();
-	return READ_ONCE(slot->skb) == address;
-}
-
-static __always_inline void count_watched(__u16 watchlist, __s64 change)
-{
-	struct watchlist_counters *counters;
-
-	if (!watchlist)
-		return;
-	counters = counters_of(watchlist);
 	if (counters)
-		__sync_fetch_and_add(&counters->watched, change);
+		counters->watched += change;
 }
 
 /* A packet that was counted as watched for one watchlist is judged by another (0: by none): NAT made it so. */
-static __always_inline void move_count(__u16 from, __u16 to)
+static __always_inline void move_count(enum counter_user user, __u16 from, __u16 to)
 {
 	if (from == to)
 		return;
-	count_watched(from, -1);
-	count_watched(to, 1);
+	if (from)
+		count_watched(counters_of(user, from), -1);
+	if (to)
+		count_watched(counters_of(user, to), 1);
 }
 
-/* The packet of this slot ended where we could not see it. */
-static __always_inline void settle_unresolved(struct slot *slot)
+/* A packet whose slot goes to another ended where we could not see it. */
+static __always_inline void count_unresolved(__u64 owner)
 {
 	struct watchlist_counters *counters;
 
-	if (!slot->watchlist || slot->key.pad != SLOT_PENDING)
+	if (owner_state(owner) != SLOT_PENDING || !owner_watchlist(owner))
 		return;
-	counters = counters_of(slot->watchlist);
+	counters = counters_of(COUNTERS_TC, owner_watchlist(owner));
 	if (counters)
-		__sync_fetch_and_add(&counters->unresolved, 1);
+		counters->unresolved++;
 }
 
-static __always_inline void release_slot(struct slot *slot)
+/* The slot has our address, but what left it is another packet, which must be dead. */
+static __always_inline void release_slot(struct slot *slot, __u64 seen)
 {
-	settle_unresolved(slot);
-	slot->skb = 0;
-	slot->watchlist = 0;
-	slot->key.pad = SLOT_FREE;
+	if (exchange_owner(slot, seen, 0))
+		count_unresolved(seen);
 }
 
-/* The address is that of a waiting packet, but nothing proves that this is the packet: count, do not guess. */
-static __always_inline void disown_slot(struct slot *slot)
+/* The slot has our address and a packet waits in it, but nothing proves that it is this one: count, do not guess. */
+static __always_inline void disown_slot(struct slot *slot, __u64 seen)
 {
 	struct watchlist_counters *counters;
 
-	if (slot->watchlist && slot->key.pad == SLOT_PENDING) {
-		counters = counters_of(slot->watchlist);
-		if (counters)
-			counters->unverified++;
-		slot->key.pad = SLOT_FREE;
-	}
-	release_slot(slot);
+	if (!exchange_owner(slot, seen, 0))
+		return;
+	if (owner_state(seen) != SLOT_PENDING || !owner_watchlist(seen))
+		return;
+	counters = counters_of(COUNTERS_TC, owner_watchlist(seen));
+	if (counters)
+		counters->unverified++;
 }
 
-static __always_inline void take_slot(struct slot *slot, __u64 address, __u64 now, __u32 ifindex,
-				      const struct flow_key *key, __u8 state)
+/*
+ * Take a slot and write who came in; `owner` is the word that it has from then on. False if another CPU is taking the
+ * same slot right now: this packet goes without.
+ */
+static __always_inline bool take_slot(struct slot *slot, __u64 owner, __u64 now, __u32 ifindex, __u16 generation,
+				      const struct flow_key *key)
 {
-	settle_unresolved(slot);
-	/* the address first: who reads the rest checks the address afterwards */
-	WRITE_ONCE(slot->skb, address);
-	barrier();
+	__u64 seen = READ_ONCE(slot->owner);
+
+	if (owner_state(seen) == SLOT_TAKEN)
+		return false;
+	if (!exchange_owner(slot, seen, owner_word(owner, 0, SLOT_TAKEN)))
+		return false;
+	count_unresolved(seen);
 	slot->arrival_ns = now;
 	slot->ifindex = ifindex;
-	slot->tag = (__u16)(now >> 5) | TAG_NEVER_ZERO;
-	slot->watchlist = 0;
+	slot->tag = tag_of(now);
+	slot->generation = generation;
 	slot->key = *key;
-	slot->key.pad = state;
-}
-
-/* The packet has had its outcome; its slot stays for what may still happen to it, unless another has taken it. */
-static __always_inline void settle_slot(struct slot *slot, __u64 address, __u16 watchlist, __u8 state)
-{
-	if (READ_ONCE(slot->skb) != address)
-		return;
-	slot->watchlist = watchlist;
-	slot->key.pad = state;
-}
-
-/* The packet is of no interest any more, and its counts are settled. */
-static __always_inline void forget_slot(struct slot *slot, __u64 address)
-{
-	if (READ_ONCE(slot->skb) != address)
-		return;
-	slot->key.pad = SLOT_FREE;
-	slot->watchlist = 0;
-	slot->skb = 0;
+	publish(&slot->owner, owner);
+	return true;
 }

@@ -16,6 +16,7 @@
 #define SNAP_BYTES 128     /* most of the inner packet that a report carries */
 #define DROP_REASONS 512   /* index: low 8 bits of the reason, +256 for any subsystem but the core */
 #define RINGS_PER_CPU 2
+#define NR_LOCAL_FILTER_WORDS 1024
 
 /* The rings of a CPU, and the hw id each writes under. */
 enum ring_kind {
@@ -60,29 +61,33 @@ struct verdict {
 
 enum slot_state {
 	SLOT_FREE = 0,
-	SLOT_PENDING = 1,   /* came in, outcome not seen yet */
-	SLOT_DELIVERED = 2, /* reported as delivered to the host itself; may still be dropped there */
-	SLOT_EGRESSED = 3,  /* handed to the egress device; its queue may still drop it */
+	SLOT_TAKEN = 1,     /* a program is writing it */
+	SLOT_PENDING = 2,   /* came in, outcome not seen yet */
+	SLOT_DELIVERED = 3, /* reported as delivered to the host itself; may still be dropped there */
+	SLOT_EGRESSED = 4,  /* handed to the egress device; its queue may still drop it */
 };
+
+/* The parts of slot.owner: enum slot_state, address of the packet, watchlist that counts it (0: none (yet)). */
+#define OWNER_STATE 0x7ULL
+#define OWNER_ADDRESS 0x00fffffffffffff8ULL
+#define OWNER_WATCHLIST_SHIFT 56
 
 /* One cache line, so that a packet touches one. */
 struct slot {
-	__u64 skb; /* address of the packet, 0: empty */
+	__u64 owner; /* see OWNER_STATE; 0: free */
 	__u64 arrival_ns;
 	__u32 ifindex; /* ingress interface; 0: sent by the host */
 	__u16 tag;
-	__u16 watchlist; /* counted as watched for this one; 0: not counted (yet) */
+	__u16 generation;    /* low bits of the classifier's, at arrival */
 	struct flow_key key; /* as it came in, before NAT */
 };
-/* slot.key.pad holds enum slot_state. */
 
 /* Report state of one flow, or of one flow and drop reason. */
 struct flow {
 	__u64 signature; /* hash of the tuple, 0: empty */
 	__u64 reported_ns;
 	__u32 latency_ns; /* as last reported, saturated */
-	__u16 egress_port;
-	__u16 congested;
+	__u32 egress;     /* egress interface << 1, lowest bit: congested */
 };
 
 struct flow_set {
@@ -173,7 +178,14 @@ struct export_counter {
 	__u64 failed;
 };
 
-/* Per watchlist and CPU. */
+/* Programs that count for watchlists; index into watchlist_counters: user * MAX_WATCHLISTS + watchlist. */
+enum counter_user {
+	COUNTERS_TC = 0,
+	COUNTERS_DROP = 1,
+	NR_COUNTER_USERS = 2,
+};
+
+/* Per watchlist, user and CPU. */
 struct watchlist_counters {
 	__u64 watched;
 	__u64 reported;
@@ -194,12 +206,15 @@ struct watchlist_counters {
 	__u64 not_asked; /* forwarded, but the watchlist does not ask for flow or queue reports */
 };
 
-/* Index into datapath_counters, per CPU. */
+/* Index into datapath_counters, per CPU; each is counted by one kind of program. */
 enum datapath_counter {
 	COUNT_NOT_IP = 0,          /* frames that are not IP */
 	COUNT_TRUNCATED = 1,       /* IP packets whose headers could not be read */
 	COUNT_FLOW_EVICTED = 2,    /* flows forgotten because their set was full: reported again when seen next */
 	COUNT_SNAPSHOT_FAILED = 3, /* reports sent without the inner packet */
-	COUNT_STALE_DROP = 4,      /* drops of packets that only had the address of a watched one */
-	NR_DATAPATH_COUNTERS = 5,
+	COUNT_SLOT_BUSY = 4,       /* watched packets without a slot: another CPU was taking it */
+	COUNT_STALE_DROP = 5,      /* drops of packets that only had the address of a watched one */
+	COUNT_DROP_EVICTED = 6,    /* as FLOW_EVICTED, for a drop */
+	COUNT_DROP_SNAPSHOT_FAILED = 7,
+	NR_DATAPATH_COUNTERS = 8,
 };

@@ -4,7 +4,6 @@
 import contextlib
 import dataclasses
 import errno
-import ipaddress
 import os
 import re
 import struct
@@ -17,7 +16,7 @@ from typing import Any, Literal
 import pyroute2
 import structlog
 
-from hostint_agent import bpf_calls, interfaces
+from hostint_agent import bpf_calls, interfaces, local_addresses
 
 Mode = Literal["auto", "tcx", "clsact"]
 Direction = Literal["ingress", "egress"]
@@ -281,22 +280,6 @@ class Ports:
         return next(port for port in range(_MAX_PORT, 0, -1) if port not in taken)
 
 
-class LocalAddresses:
-    """The host's own addresses, by which the programs know what is delivered to the host itself."""
-
-    def __init__(self, maps: Path) -> None:
-        self._map = bpf_calls.Map.open(maps / "local_addresses")
-
-    def replace(self, addresses: Iterable[str]) -> None:
-        """Make the map hold exactly these addresses."""
-        wanted = {ipaddress.ip_address(text).packed.ljust(16, b"\0") for text in addresses}
-        present = set(self._map.keys())
-        for key in present - wanted:
-            self._map.delete(key)
-        for key in wanted - present:
-            self._map.update(key, struct.pack("=Q", 1))
-
-
 class Attacher:
     """Keeps the programs attached, in a thread of its own: a TCX link takes milliseconds to make."""
 
@@ -317,7 +300,7 @@ class Attacher:
         self._clsact = ClsactHooks(programs)
         self._drop = DropLink(links, programs)
         self._ports = Ports(directory / "maps")
-        self._local = LocalAddresses(directory / "maps")
+        self._local = local_addresses.LocalAddresses(directory / "maps")
         self._patterns = patterns
         self._mode = mode
         self._on_change = on_change

@@ -13,6 +13,7 @@ REPORT_BYTES = 192
 SNAP_BYTES = 128
 DROP_REASONS = 512
 RINGS_PER_CPU = 2
+NR_LOCAL_FILTER_WORDS = 1024
 
 
 class RingKind(enum.IntEnum):
@@ -73,20 +74,26 @@ class SlotState(enum.IntEnum):
     """How far the packet of a slot got."""
 
     FREE = 0
-    PENDING = 1
-    DELIVERED = 2
-    EGRESSED = 3
+    TAKEN = 1
+    PENDING = 2
+    DELIVERED = 3
+    EGRESSED = 4
+
+
+OWNER_STATE = 0x7
+OWNER_ADDRESS = 0x00FFFFFFFFFFFFF8
+OWNER_WATCHLIST_SHIFT = 56
 
 
 class Slot(ctypes.Structure):
-    """Where a watched packet left its arrival; `key.pad` holds a SlotState."""
+    """Where a watched packet left its arrival; `owner` holds a SlotState, the packet's address and the watchlist."""
 
     _fields_ = (
-        ("skb", ctypes.c_uint64),
+        ("owner", ctypes.c_uint64),
         ("arrival_ns", ctypes.c_uint64),
         ("ifindex", ctypes.c_uint32),
         ("tag", ctypes.c_uint16),
-        ("watchlist", ctypes.c_uint16),
+        ("generation", ctypes.c_uint16),
         ("key", FlowKey),
     )
 
@@ -98,8 +105,7 @@ class Flow(ctypes.Structure):
         ("signature", ctypes.c_uint64),
         ("reported_ns", ctypes.c_uint64),
         ("latency_ns", ctypes.c_uint32),
-        ("egress_port", ctypes.c_uint16),
-        ("congested", ctypes.c_uint16),
+        ("egress", ctypes.c_uint32),
     )
 
 
@@ -220,8 +226,18 @@ class ExportCounter(ctypes.Structure):
     )
 
 
+class CounterUser(enum.IntEnum):
+    """Programs that count for watchlists."""
+
+    TC = 0
+    DROP = 1
+
+
+NR_COUNTER_USERS = 2
+
+
 class WatchlistCounters(ctypes.Structure):
-    """Counters of one watchlist on one CPU."""
+    """Counters of one watchlist and user on one CPU."""
 
     _fields_ = (
         ("watched", ctypes.c_uint64),
@@ -251,7 +267,10 @@ class DatapathCounter(enum.IntEnum):
     TRUNCATED = 1
     FLOW_EVICTED = 2
     SNAPSHOT_FAILED = 3
-    STALE_DROP = 4
+    SLOT_BUSY = 4
+    STALE_DROP = 5
+    DROP_EVICTED = 6
+    DROP_SNAPSHOT_FAILED = 7
 
 
-NR_DATAPATH_COUNTERS = 5
+NR_DATAPATH_COUNTERS = 8

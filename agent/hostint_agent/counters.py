@@ -59,6 +59,12 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >> 63 else value
 
 
+def _places(watchlist: int) -> list[bytes]:
+    """Keys of one watchlist's counters: each kind of program has its own."""
+    users = bpf_types.CounterUser
+    return [struct.pack("=I", user * bpf_types.MAX_WATCHLISTS + watchlist) for user in users]
+
+
 class Counters:
     """The counters of a loaded datapath."""
 
@@ -70,11 +76,11 @@ class Counters:
         self._slots = bpf_calls.Map.open(maps / "slots")
 
     def watchlist(self, index: int) -> dict[str, int]:
-        """All counters of one watchlist."""
-        raw = self._watchlists.lookup(struct.pack("=I", index))
+        """All counters of one watchlist, summed over CPUs and kinds of programs."""
         size = self._watchlists.stride
         words = [
             struct.unpack_from(f"={len(WATCHLIST_FIELDS)}Q", raw, cpu * size)
+            for raw in map(self._watchlists.lookup, _places(index))
             for cpu in range(self._watchlists.cpus)
         ]
         return {
@@ -85,8 +91,8 @@ class Counters:
     def reset(self, indexes: Iterable[int]) -> None:
         """Begin at zero: the place belongs to another watchlist now."""
         zeros = bytes(self._watchlists.stride * self._watchlists.cpus)
-        for index in indexes:
-            self._watchlists.update(struct.pack("=I", index), zeros)
+        for key in (key for index in indexes for key in _places(index)):
+            self._watchlists.update(key, zeros)
 
     def datapath(self) -> dict[str, int]:
         """Counters of the programs as a whole, by name in lower case."""
@@ -112,9 +118,10 @@ class Counters:
         for offset in range(0, len(data), size):
             if not data[offset : offset + 8].strip(b"\0"):
                 continue
-            slot = bpf_types.Slot.from_buffer_copy(data, offset)
-            if slot.watchlist and slot.key.pad == bpf_types.SlotState.PENDING:
-                waiting[slot.watchlist] = waiting.get(slot.watchlist, 0) + 1
+            owner = struct.unpack_from("=Q", data, offset)[0]
+            watchlist = owner >> bpf_types.OWNER_WATCHLIST_SHIFT
+            if watchlist and owner & bpf_types.OWNER_STATE == bpf_types.SlotState.PENDING:
+                waiting[watchlist] = waiting.get(watchlist, 0) + 1
         return waiting
 
     def identity(self, index: int) -> Identity:

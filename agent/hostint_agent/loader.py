@@ -88,6 +88,7 @@ def read_source(bpf_dir: Path, cpus: int | None = None) -> Source:
         f"-DNR_RINGS={rings}",
         f"-DRING_RECORDS={records}",
         f"-DNR_RECORDS={rings * records}",
+        *(("-DSTORES_ARE_ORDERED",) if platform.machine() == "x86_64" else ()),
     )
     try:
         text = "\n".join(_inline(bpf_dir / MAIN_SOURCE, set()))

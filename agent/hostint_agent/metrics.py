@@ -30,7 +30,10 @@ _DATAPATH_HELP = {
     "truncated": "IP packets whose headers could not be read",
     "flow_evicted": "Flows forgotten because their part of the table was full",
     "snapshot_failed": "Reports without inner packet because it could not be read",
+    "slot_busy": "Watched packets that could not be followed: another CPU was taking the same slot",
     "stale_drop": "Drops of packets that only had the address of a watched one",
+    "drop_evicted": "Flows forgotten for a drop because their part of the table was full",
+    "drop_snapshot_failed": "Drop reports without inner packet because it could not be read",
 }
 
 

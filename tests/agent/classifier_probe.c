@@ -15,14 +15,14 @@ int ingress(struct __sk_buff *skb)
 {
 	struct scratch *scratch = scratch_of(SCRATCH_TC);
 	struct verdict verdict = {};
-	__u32 side = 0, flags;
+	__u32 flags;
 
 	if (!scratch)
 		return NOT_PARSED;
 	if (parse_frame((const __u8 *)(long)skb->data, (const __u8 *)(long)skb->data_end, &scratch->key,
 			&scratch->offsets) < 0)
 		return NOT_PARSED;
-	flags = classify(&scratch->key, scratch, &verdict, &side, true);
+	flags = classify(&scratch->key, scratch, &verdict, side_of(live_generation()), true);
 	if (flags & CLASSIFY_MATCH)
 		return verdict.rule_id;
 	return flags & CLASSIFY_POSSIBLE ? MAY_MATCH_LATER : 0;

@@ -99,5 +99,6 @@ def test_every_enumerator_has_the_same_name():
 
 
 def test_every_limit_has_the_same_value():
-    in_header = {n: int(v) for n, v in re.findall(r"^#define (\w+) (\d+)", HEADER, re.MULTILINE)}
+    defines = re.findall(r"^#define (\w+) (0x[0-9a-f]+|\d+)", HEADER, re.MULTILINE)
+    in_header = {name: int(value, 0) for name, value in defines}
     assert {n: getattr(bpf_types, n) for n in in_header} == in_header

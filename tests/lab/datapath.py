@@ -14,7 +14,17 @@ import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from hostint_agent import attach, bpf_calls, bpf_types, classifier, counters, kernel, loader, tables
+from hostint_agent import (
+    attach,
+    bpf_calls,
+    bpf_types,
+    classifier,
+    counters,
+    kernel,
+    loader,
+    local_addresses,
+    tables,
+)
 from tests.lab.namespace import Namespace
 
 _INSTANCES = itertools.count()
@@ -87,7 +97,7 @@ class Datapath:
 
     def set_local_addresses(self, addresses: Sequence[str]) -> None:
         """Which addresses are the host's own."""
-        attach.LocalAddresses(self.maps).replace(addresses)
+        local_addresses.LocalAddresses(self.maps).replace(addresses)
 
     def detach(self) -> None:
         """Detach everything."""
