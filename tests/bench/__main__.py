@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hostint_agent.__main__ import ensure_bpffs
-from tests.bench import plots, results
+from tests.bench import node, plots, results
 from tests.bench.figure import Figure
 
 # in the order of the table
@@ -130,7 +130,8 @@ def main(arguments: Sequence[str]) -> int:
     ensure_bpffs(Path("/sys/fs/bpf"))
     try:
         machine = results.Machine.before()
-        outcome = run_benches(options.only, options.quick)
+        with node.kept():
+            outcome = run_benches(options.only, options.quick)
         results.write(options.output, outcome.figures, outcome.failed, machine, options.quick)
         drawn = plots.draw(outcome.figures, options.output.parent)
     except KeyboardInterrupt:

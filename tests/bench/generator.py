@@ -4,8 +4,10 @@
 import array
 import concurrent.futures
 import ctypes
+import itertools
 import os
 import socket
+import statistics
 import struct
 import subprocess
 import sys
@@ -31,6 +33,7 @@ _LIVE_FRAMES = 2
 _ATTACH_XDP = 37
 _XDP_NATIVE = 4
 _TTL = 64
+_MIN_BATCHES = 32
 _GATEWAY_MAC, _HOST_MAC = bytes.fromhex("020000000102"), bytes.fromhex("020000000101")
 T = TypeVar("T")
 
@@ -234,9 +237,25 @@ class Generator:
 
 def ns_per_packet(begins: Sequence[int]) -> float:
     """Median over batches. A batch that an interrupt or another process fell into is an outlier, not part of the cost."""
-    durations = sorted(b - a for a, b in zip(begins, begins[1:], strict=False))
-    middle = len(durations) // 2
-    return durations[middle] / BATCH
+    return statistics.median(b - a for a, b in itertools.pairwise(begins)) / BATCH
+
+
+def ns_together(all_begins: Sequence[Sequence[int]]) -> float:
+    """The same over the batches of all generators that began and ended while every generator ran.
+
+    Raises ValueError when there are too few.
+    """
+    start = max(begins[0] for begins in all_begins)
+    end = min(begins[-1] for begins in all_begins)
+    durations = [
+        b - a
+        for begins in all_begins
+        for a, b in itertools.pairwise(begins)
+        if a >= start and b <= end
+    ]
+    if len(durations) < _MIN_BATCHES:
+        raise ValueError(f"the generators ran together for {len(durations)} batches only")
+    return statistics.median(durations) / BATCH
 
 
 if __name__ == "__main__":

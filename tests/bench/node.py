@@ -11,8 +11,9 @@ import ctypes
 import os
 import shutil
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 from hostint_agent import attach, bpf_calls, bpf_types, classifier
 from tests.bench import generator
@@ -21,9 +22,11 @@ from tests.lab.namespace import Namespace, ip
 
 WATCHLIST = 1
 HOUR_NS = 3600 * 10**9
-HOOKS = ("in0", "out0", "in1", "out1")
-# where packets of the second generator go
-SECOND_NETWORK = "10.97.0.0/16"
+_INTERFACES = ("in0", "out0", "in1", "out1")
+# what is attached: the datapath as the agent does it, programs that return at once on the same hooks, nothing
+Programs = Literal["ours", "empty", "none"]
+# where packets of each generator go
+WAYS_OUT = ("10.96.0.0/16", "10.97.0.0/16")
 _ENABLE_STATS = 32
 _PROGRAM_INFO_BYTES = 232
 _RUN_TIME = 192  # struct bpf_prog_info: run_time_ns, then run_cnt
@@ -47,11 +50,14 @@ class Node:
         self.namespace = namespace
         self.datapath = loaded
         self._pins = pins
+        self._attached: tuple[Programs, int] = ("none", 1)
         cpus = generator.choose_cpus()
         self.generators = [
             generator.Generator(pins, number, cpu, namespace, f"in{number}")
             for number, cpu in enumerate(cpus)
         ]
+        self._heads = bpf_calls.Map.open(loaded.maps / "ring_heads").memory()
+        self._tails = bpf_calls.Map.open(loaded.maps / "ring_tails").memory()
         indexes = self._indexes()
         attach.Ports(loaded.maps).assign(indexes.values())
         loaded.set_local_addresses(["127.0.0.1", "10.76.0.1", "10.76.1.1", "10.99.0.11"])
@@ -71,31 +77,21 @@ class Node:
         """A descriptor of one of generator.c's programs; the caller closes it."""
         return bpf_calls.obj_get(self._pins / name)
 
-    @contextlib.contextmanager
-    def attached(self) -> Iterator[None]:
-        """All programs of the datapath, as the agent attaches them."""
-        try:
-            for interface in self._used():
+    def use(self, programs: Programs, generators: int = 1) -> None:
+        """Attach these programs to the interfaces of the first generators, and nothing else."""
+        if self._attached == (programs, generators):
+            return
+        self.datapath.detach()
+        indexes = self._indexes() if programs == "empty" else {}
+        for interface in _INTERFACES[: 2 * generators] if programs != "none" else ():
+            if programs == "ours":
                 self.datapath.attach(interface)
-            self.datapath.attach_drop()
-            yield
-        finally:
-            self.datapath.detach()
-
-    @contextlib.contextmanager
-    def attached_empty(self) -> Iterator[None]:
-        """Programs that return at once, on the same hooks."""
-        indexes = self._indexes()
-        try:
-            for interface in self._used():
+            else:
                 for kind in (bpf_calls.TCX_INGRESS, bpf_calls.TCX_EGRESS):
                     self.datapath.attach_program(self.program("empty"), indexes[interface], kind)
-            yield
-        finally:
-            self.datapath.detach()
-
-    def _used(self) -> Sequence[str]:
-        return HOOKS[: 2 * len(self.generators)]
+        if programs == "ours":
+            self.datapath.attach_drop()
+        self._attached = (programs, generators)
 
     def commit(self, image: classifier.Image, **policy: int) -> None:
         """Make compiled rules live; their reports go to one collector without limit."""
@@ -105,20 +101,39 @@ class Node:
             {0: bpf_types.Collector(snap_length=bpf_types.SNAP_BYTES)},
         )
 
-    def forwarded(self, number: int = 0) -> int:
-        """How many packets reached the end of the path behind TC egress."""
+    def empty_rings(self) -> None:
+        """Throw all reports away that wait."""
+        self._tails[:] = self._heads[:]
+
+    def _came_out(self) -> list[int]:
+        """How many packets reached the end of each generator's way: the drops of its ifb."""
         table = self.namespace.inside(lambda: Path("/proc/thread-self/net/dev").read_text())
-        row = next(line for line in table.splitlines() if line.strip().startswith(f"out{number}:"))
-        return int(row.split(":")[1].split()[3])
+        rows = dict(line.strip().split(":", 1) for line in table.splitlines() if ":" in line)
+        return [int(rows[f"out{n}"].split()[3]) for n in range(len(self.generators))]
 
     def run(self, count: int) -> float:
-        """Send `count` packets by the first generator; ns a packet. Raises WrongCount if one of them went astray."""
-        before = self.forwarded()
+        """Have the first generator send `count` packets; ns a packet. Raises WrongCount if one of them went astray."""
+        before = self._came_out()
         found = self.generators[0].run(count)
-        arrived = self.forwarded() - before
-        if arrived != count:
-            raise WrongCount(f"{arrived} of {count} packets came through")
+        self._compare(before, [count])
         return found
+
+    def run_together(self, count: int) -> float:
+        """Have all generators send their part of `count` packets, at the same time; ns a packet on each CPU meanwhile.
+
+        Raises WrongCount.
+        """
+        share = count // len(self.generators)
+        before = self._came_out()
+        running = [made.start(share) for made in self.generators]
+        begins = [started.result() for started in running]
+        self._compare(before, [share] * len(begins))
+        return generator.ns_together(begins)
+
+    def _compare(self, before: list[int], wanted: list[int]) -> None:
+        for was, now, count in zip(before, self._came_out(), wanted, strict=False):
+            if now - was != count:
+                raise WrongCount(f"{now - was} of {count} packets came through")
 
 
 def _build(namespace: Namespace) -> None:
@@ -137,19 +152,50 @@ def _build(namespace: Namespace) -> None:
         )
     ip(
         f"-n {name} route add default via 10.76.0.2 dev out0",
-        f"-n {name} route add {SECOND_NETWORK} via 10.76.1.2 dev out1",
+        f"-n {name} route add {WAYS_OUT[1]} via 10.76.1.2 dev out1",
     )
 
 
-def _bpf_dir() -> Path | None:
+def bpf_dir() -> Path | None:
     """Which sources to load: HOSTINT_BPF_DIR as everywhere."""
     text = os.environ.get("HOSTINT_BPF_DIR")
     return Path(text) if text else None
 
 
+class _Kept:
+    """The node that benches share, once there is one."""
+
+    until: contextlib.ExitStack | None = None
+    node: Node | None = None
+
+
+@contextlib.contextmanager
+def kept() -> Iterator[None]:
+    """Within, all who ask for a node get the same one: loading takes as long as a quick bench."""
+    with contextlib.ExitStack() as stack:
+        _Kept.until = stack
+        try:
+            yield
+        finally:
+            _Kept.until = _Kept.node = None
+
+
 @contextlib.contextmanager
 def node() -> Iterator[Node]:
     """A forwarding node with a loaded datapath, nothing attached; all of it is gone afterwards."""
+    if _Kept.until is None:
+        with _made() as made:
+            yield made
+        return
+    _Kept.node = _Kept.node or _Kept.until.enter_context(_made())
+    try:
+        yield _Kept.node
+    finally:
+        _Kept.node.use("none")
+
+
+@contextlib.contextmanager
+def _made() -> Iterator[Node]:
     topology.remove_leftovers()
     namespace = Namespace(f"hl{os.getpid()}-bench")  # what a killed process leaves goes as a lab's
     pins = Path(f"/sys/fs/bpf/hostint-bench-{os.getpid()}")
@@ -159,7 +205,7 @@ def node() -> Iterator[Node]:
         stack.callback(topology.remove_namespaces, namespace.name)
         _build(namespace)
         generator.load(pins)
-        loaded = stack.enter_context(datapath.loaded(namespace, _bpf_dir()))
+        loaded = stack.enter_context(datapath.loaded(namespace, bpf_dir()))
         made = Node(namespace, pins, loaded)
         stack.callback(made.close)
         yield made

@@ -14,9 +14,11 @@ SERVICES = int(ipaddress.IPv4Address("10.96.0.0"))
 NODES = int(ipaddress.IPv4Address("10.0.0.0"))
 _SERVICE_PORTS = (80, 443, 5432, 6379, 8080, 9090)
 _DNS = SERVICES + 10
-# watched pods and services are below, so that the other half of each /16 has addresses that are in no rule
-_HALF = 1 << 15
+# rules name even addresses, unwatched packets have odd ones: neighbours, so that telling them apart takes the whole way
+_EVEN = range(2, 1 << 16, 2)
 _NAMESPACES = 64
+# odd addresses outside the networks of the namespaces that `mixed` names
+_ODD = range((_NAMESPACES << 8) + 1, 1 << 16, 2)
 
 
 def _host(address: int) -> classifier.Network:
@@ -49,8 +51,8 @@ def pods_and_services(count: int, seed: int = 1) -> list[classifier.Rule]:
     """Every one of some pods to every one of some services: addresses and a port, nothing broad."""
     pick = random.Random(seed)
     side = max(1, int(count**0.5))
-    pods = pick.sample(range(1, _HALF), side)
-    services = pick.sample(range(1, _HALF), -(-count // side) if count else 0)
+    pods = pick.sample(_EVEN, side)
+    services = pick.sample(_EVEN, -(-count // side) if count else 0)
     ports = [pick.choice(_SERVICE_PORTS) for _ in services]
     return [
         _rule(
@@ -67,8 +69,8 @@ def pods_and_services(count: int, seed: int = 1) -> list[classifier.Rule]:
 def mixed(count: int, seed: int = 1) -> list[classifier.Rule]:
     """What the selectors of a cluster come to: pods, services, a fifth of broader rules, and one that has no source."""
     pick = random.Random(seed)
-    pods = [_host(PODS + n) for n in pick.sample(range(1, _HALF), max(4, count // 8))]
-    services = [_host(SERVICES + n) for n in pick.sample(range(11, _HALF), max(4, count // 20))]
+    pods = [_host(PODS + n) for n in pick.sample(_EVEN, max(4, count // 8))]
+    services = [_host(SERVICES + n) for n in pick.sample(_EVEN, max(4, count // 20))]
     spaces = [_slash24(PODS, n) for n in range(_NAMESPACES)]
     nodes = [_slash24(NODES, n) for n in range(_NAMESPACES)]
     kinds = ((pods, services), (pods, pods), (pods, spaces), (spaces, services), (spaces, nodes))
@@ -85,7 +87,7 @@ def mixed(count: int, seed: int = 1) -> list[classifier.Rule]:
 
 def _inside(pick: random.Random, networks: Sequence[classifier.Network], other: int) -> int:
     if not networks:
-        return other + pick.randrange(1, _HALF)
+        return other + pick.choice(_EVEN)
     network = pick.choice(networks)
     return int(network.network_address) + pick.randrange(network.num_addresses)
 
@@ -93,7 +95,8 @@ def _inside(pick: random.Random, networks: Sequence[classifier.Network], other: 
 def watched(rules: Sequence[classifier.Rule], count: int, seed: int = 1) -> list[Tuple]:
     """Packets that match, each another flow, from as many different rules as there are."""
     pick = random.Random(seed)
-    chosen = [pick.sample(rules, len(rules))[n % len(rules)] for n in range(count)]
+    order = pick.sample(rules, len(rules))
+    chosen = [order[n % len(order)] for n in range(count)]
     found = []
     for number, rule in enumerate(chosen):
         found.append(
@@ -108,11 +111,11 @@ def watched(rules: Sequence[classifier.Rule], count: int, seed: int = 1) -> list
     return found
 
 
-def unwatched(count: int, seed: int = 1, pods: int = 250, services: int = SERVICES) -> list[Tuple]:
-    """Packets of pods and services that no rule names: neighbours, in the same networks, of those that rules do name."""
+def unwatched(count: int, seed: int = 1, pods: int = 250) -> list[Tuple]:
+    """Packets of pods and services that no rule names: a node's pods, each with an equal part of the flows."""
     pick = random.Random(seed)
-    hosts = [PODS + _HALF + n for n in pick.sample(range(1, _HALF), min(count, pods))]
-    targets = [services + _HALF + n for n in pick.sample(range(1, _HALF), min(count, pods))]
+    hosts = [PODS + n for n in pick.sample(_ODD, min(count, pods))]
+    targets = [SERVICES + n for n in pick.sample(_ODD, min(count, pods))]
     packets = [
         Tuple(
             source=hosts[n % len(hosts)],
@@ -125,3 +128,15 @@ def unwatched(count: int, seed: int = 1, pods: int = 250, services: int = SERVIC
     ]
     pick.shuffle(packets)
     return packets
+
+
+def interleaved(some: Sequence[Tuple], others: Sequence[Tuple]) -> list[Tuple]:
+    """Both kinds of packets, evenly mixed."""
+    total, found, taken = len(some) + len(others), [], 0
+    for number in range(total):
+        if (number + 1) * len(some) // total > taken:
+            found.append(some[taken])
+            taken += 1
+        else:
+            found.append(others[number - taken])
+    return found

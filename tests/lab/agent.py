@@ -90,6 +90,12 @@ class LabAgent:
             time.sleep(0.02)
 
     @property
+    def pid(self) -> int:
+        """Its process."""
+        assert self._process
+        return self._process.pid
+
+    @property
     def maps(self) -> Path:
         """Where its maps are pinned."""
         return loader.current(self.pin_dir) / "maps"
