@@ -77,11 +77,30 @@ static __always_inline struct flow_state flow_state_of(__u64 latency_ns, __u32 e
 	return state;
 }
 
+static __always_inline bool is_period_over(const struct flow *flow, bool known, const struct policy *policy, __u64 now)
+{
+	/* signed: another CPU may have reported the flow a moment later than our now */
+	return !known || (__s64)(now - flow->reported_ns) >= (__s64)policy->interval_ns;
+}
+
+/* Whether reports of a watchlist depend on how long each packet took. */
+static __always_inline bool needs_latency(const struct policy *policy)
+{
+	return policy->latency_change_ns || policy->congestion_latency_ns;
+}
+
+/* For a watchlist that does not: whether a packet that came at `now` is no news. */
+static __always_inline bool is_nothing_new(const struct flow *flow, bool known, const struct policy *policy, __u64 now,
+					   __u32 egress_ifindex)
+{
+	return !is_period_over(flow, known, policy, now) && flow->egress >> 1 == egress_ifindex;
+}
+
 /* Which reports this packet is due, as enum report_event bits; 0: none. */
 static __always_inline __u32 due_events(const struct flow *flow, bool known, const struct policy *policy, __u64 now,
 					struct flow_state state)
 {
-	bool period_over = !known || now - flow->reported_ns >= policy->interval_ns;
+	bool period_over = is_period_over(flow, known, policy, now);
 	__u32 moved = state.latency_ns > flow->latency_ns ? state.latency_ns - flow->latency_ns :
 							    flow->latency_ns - state.latency_ns;
 	__u32 changed = state.egress ^ flow->egress;

@@ -27,7 +27,7 @@
 struct observation {
 	const struct flow_key *key; /* the tuple that matched */
 	__u64 ingress_ns;
-	__u64 now;
+	__u64 egress_ns; /* 0: now; reading the clock costs more than all else here, so only who needs it does */
 	__u32 ingress_ifindex; /* 0: the host sent it */
 	__u32 egress_ifindex;  /* 0: the host takes it */
 	bool translated;       /* the packet no longer carries key */
@@ -42,7 +42,7 @@ static __always_inline int parse_packet(struct __sk_buff *skb, struct scratch *s
 /* Write a flow or queue report, or count why not. Returns true when it was written. */
 static __always_inline bool write_report(struct __sk_buff *skb, const struct config *config, __u32 side,
 					 const struct policy *policy, const struct observation *seen,
-					 const struct packet_offsets *offsets, __u32 flags,
+					 const struct packet_offsets *offsets, __u64 egress_ns, __u32 flags,
 					 struct watchlist_counters *counters)
 {
 	const struct collector *collector = collector_of(side, policy->collector);
@@ -52,7 +52,7 @@ static __always_inline bool write_report(struct __sk_buff *skb, const struct con
 
 	if (!collector)
 		return false;
-	result = reserve_record(RING_FLOW, policy->collector, collector, seen->now, &record);
+	result = reserve_record(RING_FLOW, policy->collector, collector, egress_ns, &record);
 	if (result == RESERVE_RATE_LIMITED) {
 		counters->rate_limited++;
 		return false;
@@ -61,7 +61,7 @@ static __always_inline bool write_report(struct __sk_buff *skb, const struct con
 		counters->ring_full++;
 		return false;
 	}
-	put_v05_local(&record, config, flags, seen->ingress_ns, seen->now, port_id(seen->ingress_ifindex),
+	put_v05_local(&record, config, flags, seen->ingress_ns, egress_ns, port_id(seen->ingress_ifindex),
 		      port_id(seen->egress_ifindex));
 	bytes = put_snapshot(skb, record.bytes + V05_LOCAL_BYTES, collector->snap_length);
 	if (seen->translated)
@@ -77,7 +77,7 @@ static __always_inline void observe(struct __sk_buff *skb, const struct config *
 {
 	struct watchlist_counters *counters = counters_of(COUNTERS_TC, watchlist);
 	const struct policy *policy = policy_of(side, watchlist);
-	__u64 hash = flow_hash(seen->key), latency_ns = seen->now - seen->ingress_ns;
+	__u64 hash = flow_hash(seen->key), now = seen->egress_ns, latency_ns;
 	struct flow_state state;
 	struct flow *flow;
 	__u32 due;
@@ -96,16 +96,23 @@ static __always_inline void observe(struct __sk_buff *skb, const struct config *
 	flow = find_flow(hash, &known);
 	if (!flow)
 		return;
+	if (!now && !needs_latency(policy) && is_nothing_new(flow, known, policy, seen->ingress_ns, seen->egress_ifindex)) {
+		counters->suppressed++;
+		return;
+	}
+	if (!now)
+		now = bpf_ktime_get_ns();
+	latency_ns = now - seen->ingress_ns;
 	congested = policy->congestion_latency_ns && latency_ns >= policy->congestion_latency_ns;
 	state = flow_state_of(latency_ns, seen->egress_ifindex, congested);
-	due = due_events(flow, known, policy, seen->now, state);
+	due = due_events(flow, known, policy, now, state);
 	if (!due) {
 		counters->suppressed++;
 		return;
 	}
-	if (write_report(skb, config, side, policy, seen, offsets,
+	if (write_report(skb, config, side, policy, seen, offsets, now,
 			 ((due & EVENT_FLOW) ? V05_F : 0) | (congested ? V05_Q : 0), counters))
-		remember_flow(flow, known, hash, seen->now, state, COUNT_FLOW_EVICTED);
+		remember_flow(flow, known, hash, now, state, COUNT_FLOW_EVICTED);
 }
 
 /* True if a socket of this namespace takes the packet: the address is ours and, for TCP and UDP, a socket is there. */
@@ -199,7 +206,7 @@ int ingress(struct __sk_buff *skb)
 		struct observation seen = {
 			.key = &scratch->key,
 			.ingress_ns = now,
-			.now = now,
+			.egress_ns = now,
 			.ingress_ifindex = skb->ifindex,
 		};
 
@@ -296,18 +303,20 @@ int egress(struct __sk_buff *skb)
 
 		seen.ingress_ns = slot->arrival_ns;
 		seen.ingress_ifindex = slot->ifindex;
+		/* never counted, and no NAT made it match: nobody asks for its outcome */
+		if (!leaving.watchlist && !owner_watchlist(leaving.owner))
+			return TC_ACT_UNSPEC;
 		/* from here on the outcome is ours to count, or it was another's */
 		if (!exchange_owner(slot, leaving.owner, leaving.watchlist ? settled : 0))
 			return TC_ACT_UNSPEC;
 		move_count(COUNTERS_TC, owner_watchlist(leaving.owner), leaving.watchlist);
-		seen.now = bpf_ktime_get_ns();
 	} else if (leaving.watchlist) {
 		/* sent by the host: one observation point, no latency; the slot is for drops in the egress queue */
-		seen.now = seen.ingress_ns = bpf_ktime_get_ns();
+		seen.egress_ns = seen.ingress_ns = bpf_ktime_get_ns();
 		count_watched(counters_of(COUNTERS_TC, leaving.watchlist), 1);
-		if (take_slot(slot, owner_word(address, leaving.watchlist, SLOT_EGRESSED), seen.now, 0,
+		if (take_slot(slot, owner_word(address, leaving.watchlist, SLOT_EGRESSED), seen.ingress_ns, 0,
 			      leaving.generation, &scratch->key))
-			skb->tc_index = tag_of(seen.now);
+			skb->tc_index = tag_of(seen.ingress_ns);
 	}
 	if (leaving.watchlist)
 		observe(skb, config, side_of(leaving.generation), leaving.watchlist, &seen, &scratch->offsets);

@@ -41,16 +41,18 @@ struct packet_offsets {
 	__u16 transport;
 };
 
+/* What of a tuple is not an address; written in one store. */
+struct tuple_rest {
+	__u16 source_port;
+	__u16 destination_port;
+	__u8 protocol;
+	__u8 family;
+	__u8 no_ports;
+};
+
 static __always_inline __u32 read_be16(const __u8 *bytes)
 {
 	return __builtin_bswap16(*(const __be16 *)bytes);
-}
-
-static __always_inline void copy_words(__be32 *to, const __u8 *from, int words)
-{
-#pragma unroll
-	for (int i = 0; i < words; i++)
-		to[i] = ((const __be32 *)from)[i];
 }
 
 static __always_inline int is_extension_header(__u8 protocol)
@@ -59,8 +61,40 @@ static __always_inline int is_extension_header(__u8 protocol)
 	       protocol == PROTO_AUTH || protocol == PROTO_DEST_OPTIONS || protocol == PROTO_MOBILITY;
 }
 
+/*
+ * A tuple is compared and copied in words of 64 bits right after it was written, so it is written in such words: a load
+ * that spans several younger stores waits until they have left the store buffer.
+ */
+static __always_inline void write_rest(struct flow_key *key, const struct tuple_rest *rest)
+{
+	*(__u64 *)&key->source_port = (__u64)rest->source_port | ((__u64)rest->destination_port << 16) |
+				      ((__u64)rest->protocol << 32) | ((__u64)rest->family << 40) |
+				      ((__u64)rest->no_ports << 48);
+}
+
+static __always_inline void write_addresses4(struct flow_key *key, const __u8 *ip)
+{
+	__u64 *source = (__u64 *)key->source, *destination = (__u64 *)key->destination;
+
+	source[0] = *(const __be32 *)(ip + 12);
+	source[1] = 0;
+	destination[0] = *(const __be32 *)(ip + 16);
+	destination[1] = 0;
+}
+
+static __always_inline void write_addresses6(struct flow_key *key, const __u8 *ip)
+{
+	__u64 *source = (__u64 *)key->source, *destination = (__u64 *)key->destination;
+
+	source[0] = *(const __u64 *)(ip + 8);
+	source[1] = *(const __u64 *)(ip + 16);
+	destination[0] = *(const __u64 *)(ip + 24);
+	destination[1] = *(const __u64 *)(ip + 32);
+}
+
 /* IPv4 header at data + offset. Returns the offset of what follows, or a negative error. */
-static __always_inline int parse_ipv4(const __u8 *data, const __u8 *end, __u32 offset, struct flow_key *key)
+static __always_inline int parse_ipv4(const __u8 *data, const __u8 *end, __u32 offset, struct flow_key *key,
+				      struct tuple_rest *rest)
 {
 	const __u8 *ip = data + offset;
 	__u32 header_bytes;
@@ -70,27 +104,25 @@ static __always_inline int parse_ipv4(const __u8 *data, const __u8 *end, __u32 o
 	header_bytes = (ip[0] & 15) * 4;
 	if (ip[0] >> 4 != 4 || header_bytes < IPV4_MIN_BYTES)
 		return PARSE_TRUNCATED;
-	key->family = 4;
-	copy_words(key->source, ip + 12, 1);
-	copy_words(key->destination, ip + 16, 1);
-	key->source[1] = key->source[2] = key->source[3] = 0;
-	key->destination[1] = key->destination[2] = key->destination[3] = 0;
-	key->protocol = ip[9];
-	key->no_ports = (read_be16(ip + 6) & 0x1fff) != 0;
+	write_addresses4(key, ip);
+	rest->family = 4;
+	rest->protocol = ip[9];
+	rest->no_ports = (read_be16(ip + 6) & 0x1fff) != 0;
 	return offset + header_bytes;
 }
 
 /* IPv6 header and its extension headers at data + offset. Returns the offset of what follows, or a negative error. */
-static __always_inline int parse_ipv6(const __u8 *data, const __u8 *end, __u32 offset, struct flow_key *key)
+static __always_inline int parse_ipv6(const __u8 *data, const __u8 *end, __u32 offset, struct flow_key *key,
+				      struct tuple_rest *rest)
 {
 	const __u8 *ip = data + offset;
 	__u8 protocol;
 
 	if (ip + IPV6_BYTES > end || ip[0] >> 4 != 6)
 		return PARSE_TRUNCATED;
-	key->family = 6;
-	copy_words(key->source, ip + 8, 4);
-	copy_words(key->destination, ip + 24, 4);
+	write_addresses6(key, ip);
+	rest->family = 6;
+	rest->no_ports = 0;
 	protocol = ip[6];
 	offset += IPV6_BYTES;
 #pragma unroll
@@ -101,64 +133,62 @@ static __always_inline int parse_ipv6(const __u8 *data, const __u8 *end, __u32 o
 		if (!is_extension_header(protocol))
 			break;
 		if (offset > MAX_HEADER_OFFSET || header + 8 > end) {
-			key->no_ports = 1;
+			rest->no_ports = 1;
 			break;
 		}
 		following = header[0];
 		if (protocol == PROTO_FRAGMENT) {
 			offset += 8;
 			if (read_be16(header + 2) & 0xfff8)
-				key->no_ports = 1;
+				rest->no_ports = 1;
 		} else if (protocol == PROTO_AUTH) {
 			offset += (header[1] + 2) * 4;
 		} else {
 			offset += (header[1] + 1) * 8;
 		}
 		protocol = following;
-		if (key->no_ports)
+		if (rest->no_ports)
 			break; /* a later fragment: what follows is payload */
 	}
 	if (is_extension_header(protocol))
-		key->no_ports = 1;
-	key->protocol = protocol;
+		rest->no_ports = 1;
+	rest->protocol = protocol;
 	return offset;
 }
 
-/* Ports, or ICMP type and code, at data + offset; without them the packet only matches rules without ports. */
-static __always_inline void parse_transport(const __u8 *data, const __u8 *end, __u32 offset, struct flow_key *key,
-					    struct packet_offsets *offsets)
+/*
+ * Ports, or ICMP type and code, at data + offset; without them the packet only matches rules without ports. Returns the
+ * offset, or 0 if there are none.
+ */
+static __always_inline __u32 parse_transport(const __u8 *data, const __u8 *end, __u32 offset, struct tuple_rest *rest)
 {
 	const __u8 *transport = data + offset;
+	__u8 protocol = rest->protocol;
 
-	if (offset > MAX_HEADER_OFFSET || key->no_ports) {
-		key->no_ports = 1;
-		return;
+	if (offset > MAX_HEADER_OFFSET || rest->no_ports)
+		return 0;
+	if (protocol == PROTO_TCP || protocol == PROTO_UDP || protocol == PROTO_SCTP) {
+		if (transport + 8 > end)
+			return 0;
+		rest->source_port = read_be16(transport);
+		rest->destination_port = read_be16(transport + 2);
+		return offset;
 	}
-	if (key->protocol == PROTO_TCP || key->protocol == PROTO_UDP || key->protocol == PROTO_SCTP) {
-		if (transport + 8 > end) {
-			key->no_ports = 1;
-			return;
-		}
-		key->source_port = read_be16(transport);
-		key->destination_port = read_be16(transport + 2);
-	} else if (key->protocol == PROTO_ICMP || key->protocol == PROTO_ICMPV6) {
-		if (transport + 2 > end) {
-			key->no_ports = 1;
-			return;
-		}
-		key->destination_port = read_be16(transport);
-	} else {
-		key->no_ports = 1;
-		return;
+	if (protocol == PROTO_ICMP || protocol == PROTO_ICMPV6) {
+		if (transport + 2 > end)
+			return 0;
+		rest->destination_port = read_be16(transport);
+		return offset;
 	}
-	offsets->transport = (__u16)offset;
+	return 0;
 }
 
 /* A frame from data to end. Fills key and offsets; 0, PARSE_NOT_IP or PARSE_TRUNCATED. */
 static __always_inline int parse_frame(const __u8 *data, const __u8 *end, struct flow_key *key,
 				       struct packet_offsets *offsets)
 {
-	__u32 offset = ETHERNET_HEADER_BYTES, type;
+	struct tuple_rest rest = {};
+	__u32 network = ETHERNET_HEADER_BYTES, transport, type;
 	int next;
 
 	if (data + ETHERNET_HEADER_BYTES > end)
@@ -168,27 +198,27 @@ static __always_inline int parse_frame(const __u8 *data, const __u8 *end, struct
 		if (data + ETHERNET_HEADER_BYTES + VLAN_TAG_BYTES > end)
 			return PARSE_TRUNCATED;
 		type = read_be16(data + 16);
-		offset += VLAN_TAG_BYTES;
+		network += VLAN_TAG_BYTES;
 		if (type == ETHERTYPE_VLAN) {
 			if (data + ETHERNET_HEADER_BYTES + 2 * VLAN_TAG_BYTES > end)
 				return PARSE_TRUNCATED;
 			type = read_be16(data + 20);
-			offset += VLAN_TAG_BYTES;
+			network += VLAN_TAG_BYTES;
 		}
 	}
-	key->source_port = key->destination_port = 0;
-	key->no_ports = 0;
-	key->pad = 0;
-	offsets->network = (__u16)offset;
-	offsets->transport = 0;
 	if (type == ETHERTYPE_IPV4)
-		next = parse_ipv4(data, end, offset, key);
+		next = parse_ipv4(data, end, network, key, &rest);
 	else if (type == ETHERTYPE_IPV6)
-		next = parse_ipv6(data, end, offset, key);
+		next = parse_ipv6(data, end, network, key, &rest);
 	else
 		return PARSE_NOT_IP;
 	if (next < 0)
 		return next;
-	parse_transport(data, end, (__u32)next, key, offsets);
+	transport = parse_transport(data, end, (__u32)next, &rest);
+	if (!transport)
+		rest.no_ports = 1;
+	write_rest(key, &rest);
+	offsets->network = (__u16)network;
+	offsets->transport = (__u16)transport;
 	return 0;
 }
