@@ -2,13 +2,14 @@
 # Everything a newcomer needs: `make demo`, `make test`. Run as root on Debian 12; each target does its own set-up.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup try demo test test-unit test-bpf test-lab test-cluster lint format unload clean
+.PHONY: help setup try demo bench test test-unit test-bpf test-lab test-cluster lint format unload clean
 
 PYTHON := .venv/bin/python
 PYTEST := .venv/bin/pytest
 PACKAGES := python3-bpfcc python3-venv gcc libc6-dev linux-libc-dev iproute2 nftables iptables \
 	iputils-ping procps kmod util-linux bpftool openssl ca-certificates git
 KEEP ?=
+QUICK ?=
 export HOSTINT_BPF_DIR := $(CURDIR)/bpf
 
 help: ## show this list
@@ -35,6 +36,9 @@ try: setup ## a taste in half a minute: one node and its pods as namespaces, rea
 
 demo: setup ## the whole thing on a real two-node Kubernetes (KEEP=1 leaves it running)
 	@$(PYTHON) -m tests.e2e.demo $(if $(KEEP),--keep)
+
+bench: setup ## what it costs on this machine: a table, build/bench.json, plots (QUICK=1: within a minute)
+	@$(PYTHON) -m tests.bench $(if $(QUICK),--quick)
 
 test: setup lint ## all tests: what needs no cluster first, then those on a real Kubernetes
 	@$(PYTEST) -m "not cluster"

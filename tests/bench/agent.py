@@ -99,12 +99,12 @@ def family(pid: int) -> list[int]:
 
 def _cpu_share(pid: int, seconds: float) -> float:
     """Part of a core that a process with its descendants takes."""
-    started, before = time.monotonic(), _cpu_s(pid)
+    started, before = time.monotonic(), cpu_s(pid)
     time.sleep(seconds)
-    return (_cpu_s(pid) - before) / (time.monotonic() - started)
+    return (cpu_s(pid) - before) / (time.monotonic() - started)
 
 
-def _cpu_s(pid: int) -> float:
+def cpu_s(pid: int) -> float:
     """CPU time of all threads of a process and its descendants: their CPU clocks, which count ns where /proc/PID/stat
     counts ticks of 10 ms. Descendants that ended are in utime and stime of who waited for them.
     """

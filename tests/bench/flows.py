@@ -6,7 +6,7 @@ from tests.bench import measure, rule_sets
 from tests.bench.figure import Figure
 from tests.bench.generator import traffic
 from tests.bench.measure import ANY, Samples, Say, Variant
-from tests.bench.node import HOUR_NS, node
+from tests.bench.node import NO_NEWS, node
 
 TAKES_S = (7, 60)
 COUNTS = (16, 256, 4096, 60_000)
@@ -41,7 +41,7 @@ def _variants(count: int) -> list[Variant]:
             f"watched_{count}",
             traffic(rule_sets.watched(rules, count)),
             image=image,
-            policy={"interval_ns": HOUR_NS},
+            policy=NO_NEWS,
             # of 60,000 flows in a table for 65,536, some push each other out and are reported again
             outcome="suppressed" if count < 10_000 else ANY,
         ),

@@ -6,7 +6,7 @@ from tests.bench import measure, rule_sets
 from tests.bench.figure import Figure
 from tests.bench.generator import XDP_DROP, traffic
 from tests.bench.measure import PLAIN, Say, Variant
-from tests.bench.node import HOUR_NS, Node, node
+from tests.bench.node import HOUR_NS, NO_NEWS, Node, node
 
 TAKES_S = (8, 40)
 FLOWS = 16
@@ -34,8 +34,13 @@ def _variants() -> list[Variant]:
         measure.plain(sent),
         Variant("empty", sent, programs="empty"),
         Variant("unwatched", sent, image=others),
+        Variant("watched", sent, image=image, policy=NO_NEWS, outcome="suppressed"),
         Variant(
-            "watched", sent, image=image, policy={"interval_ns": HOUR_NS}, outcome="suppressed"
+            "period only",
+            sent,
+            image=image,
+            policy={"interval_ns": HOUR_NS},
+            outcome="suppressed",
         ),
     ]
 
@@ -58,6 +63,12 @@ def _figures(samples: measure.Samples) -> list[Figure]:
             "ratio",
             compare="<=",
             goal=0.20,
+            baseline=base,
+        ),
+        ratio("period only").figure(
+            "forward_watched_period_only",
+            "the same without latencyChange, added / plain forwarding",
+            "ratio",
             baseline=base,
         ),
         ratio("empty").figure(
@@ -88,11 +99,13 @@ def _absolute(
     made.generators[0].send(variants[0].traffic)
     alone = [made.generators[0].run(packets, action=XDP_DROP) for _ in range(5)]
     found.append(
-        measure.spread(alone).figure("generator_ns", "of which the generator itself", "ns/packet")
+        measure.spread(alone).figure(
+            "forward_generator_ns", "of which the generator itself", "ns/packet"
+        )
     )
     for name in ("unwatched", "watched"):
         variant = next(v for v in variants if v.name == name)
         times = measure.spread(measure.run_times_of(made, variant, 5, packets))
-        what = f"{name} packet, run time of both programs as the kernel counts it"
+        what = f"{name} packet, run time of both programs"
         found.append(times.figure(f"forward_{name}_run_time_ns", what, "ns/packet"))
     return found

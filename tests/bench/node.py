@@ -22,6 +22,9 @@ from tests.lab.namespace import Namespace, ip
 
 WATCHLIST = 1
 HOUR_NS = 3600 * 10**9
+# as watchlists are by default, so the clock is read at egress for each packet, but never with any news
+NO_NEWS = {"interval_ns": HOUR_NS, "latency_change_ns": HOUR_NS}
+EVERY_PACKET = {"interval_ns": 0, "latency_change_ns": HOUR_NS}
 _INTERFACES = ("in0", "out0", "in1", "out1")
 # what is attached: the datapath as the agent does it, programs that return at once on the same hooks, nothing
 Programs = Literal["ours", "empty", "none"]
@@ -105,7 +108,7 @@ class Node:
         """Throw all reports away that wait."""
         self._tails[:] = self._heads[:]
 
-    def _came_out(self) -> list[int]:
+    def came_out(self) -> list[int]:
         """How many packets reached the end of each generator's way: the drops of its ifb."""
         table = self.namespace.inside(lambda: Path("/proc/thread-self/net/dev").read_text())
         rows = dict(line.strip().split(":", 1) for line in table.splitlines() if ":" in line)
@@ -113,7 +116,7 @@ class Node:
 
     def run(self, count: int) -> float:
         """Have the first generator send `count` packets; ns a packet. Raises WrongCount if one of them went astray."""
-        before = self._came_out()
+        before = self.came_out()
         found = self.generators[0].run(count)
         self._compare(before, [count])
         return found
@@ -124,14 +127,14 @@ class Node:
         Raises WrongCount.
         """
         share = count // len(self.generators)
-        before = self._came_out()
+        before = self.came_out()
         running = [made.start(share) for made in self.generators]
         begins = [started.result() for started in running]
         self._compare(before, [share] * len(begins))
         return generator.ns_together(begins)
 
     def _compare(self, before: list[int], wanted: list[int]) -> None:
-        for was, now, count in zip(before, self._came_out(), wanted, strict=False):
+        for was, now, count in zip(before, self.came_out(), wanted, strict=False):
             if now - was != count:
                 raise WrongCount(f"{now - was} of {count} packets came through")
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draw cost against the number of rules, of flows, and against the share of watched packets."""
 
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -20,6 +21,7 @@ _DPI = 130
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 _MARKERS = ("o", "s", "^", "D")
 _GREY = "#666666"
+_ROOM_FOR_LEGEND = 0.28
 Figures = dict[str, Figure]
 
 
@@ -46,8 +48,7 @@ def _draw(
         plot(axes, known)
         axes.grid(axis="y", color="#dddddd", linewidth=0.8)
         axes.set_axisbelow(True)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
+        axes.spines["top"].set_visible(False)
         canvas.savefig(path)
     finally:
         plt.close(canvas)
@@ -80,13 +81,22 @@ def _categories(axes: matplotlib.axes.Axes, sizes: Sequence[int], label: str) ->
     axes.set_xlabel(label)
 
 
-def _added(axes: matplotlib.axes.Axes, title: str, plain: str) -> None:
-    axes.set_title(title, loc="left", fontweight="bold")
+def _added(axes: matplotlib.axes.Axes, title: str, plain: Sequence[float]) -> None:
+    """What all plots have: the title, both scales, the baseline, the legend above the lines."""
+    axes.set_title(title, loc="left", fontweight="bold", pad=12)
     axes.set_ylabel("added, ns per packet")
-    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+    bottom, top = axes.get_ylim()
+    bottom = min(0.0, bottom)
+    axes.set_ylim(bottom, top + _ROOM_FOR_LEGEND * (top - bottom))
     axes.axhline(0, color=_GREY, linewidth=1)
+    middle = statistics.median(plain)
+    percent = axes.secondary_yaxis(
+        "right", functions=(lambda ns: 100 * ns / middle, lambda of: of * middle / 100)
+    )
+    percent.set_ylabel(f"% of plain forwarding ({middle:.0f} ns)")
+    span = f"{min(plain):.0f}" if len(plain) == 1 else f"{min(plain):.0f} to {max(plain):.0f}"
     axes.annotate(
-        f"0 = plain forwarding, {plain}",
+        f"0 = plain forwarding: {span} ns per packet",
         (0.99, 0),
         xycoords=("axes fraction", "data"),
         textcoords="offset points",
@@ -95,7 +105,15 @@ def _added(axes: matplotlib.axes.Axes, title: str, plain: str) -> None:
         color=_GREY,
         fontsize=9,
     )
-    axes.legend(frameon=False, loc="upper left", title="median and quartiles", title_fontsize=9)
+    axes.legend(
+        frameon=False,
+        loc="upper left",
+        ncols=2,
+        fontsize=9,
+        title="median, bars from quartile to quartile",
+        title_fontsize=9,
+        alignment="left",
+    )
 
 
 def _rules(axes: matplotlib.axes.Axes, known: Figures) -> None:
@@ -109,8 +127,8 @@ def _rules(axes: matplotlib.axes.Axes, known: Figures) -> None:
             _line(axes, number, words, at, [known[keys[size]] for size in sizes])
             number += 1
     _categories(axes, rules.SIZES, "rules")
-    base = known[f"{rules.key('unwatched', 'pods', rules.MANY)}_ns"].baseline
-    _added(axes, "What the datapath adds to a packet, by the number of rules", base)
+    plain = [known[rules.plain_key(kind, name)].value for _, kind, name, _ in rules.COMPARED]
+    _added(axes, "What the datapath adds to a packet, by the number of rules", plain)
 
 
 def _flows(axes: matplotlib.axes.Axes, known: Figures) -> None:
@@ -120,8 +138,7 @@ def _flows(axes: matplotlib.axes.Axes, known: Figures) -> None:
         _line(axes, number, kind, at, points)
     plain = [known[f"flows_plain_{count}_ns"].value for count in flows.COUNTS]
     _categories(axes, flows.COUNTS, "concurrent flows")
-    words = f"{min(plain):.0f} to {max(plain):.0f} ns per packet"
-    _added(axes, "What the datapath adds to a packet, by the number of flows", words)
+    _added(axes, "What the datapath adds to a packet, by the number of flows", plain)
 
 
 def _share(axes: matplotlib.axes.Axes, known: Figures) -> None:
@@ -129,5 +146,5 @@ def _share(axes: matplotlib.axes.Axes, known: Figures) -> None:
     _line(axes, 0, "all packets, on average", share.PERCENT, points)
     axes.set_xticks(share.PERCENT, [f"{percent:g} %" for percent in share.PERCENT])
     axes.set_xlabel("packets that are watched")
-    words = f"{known['share_plain_ns'].value:.0f} ns per packet"
-    _added(axes, "What the datapath adds to a packet, by the share of watched packets", words)
+    plain = [known["share_plain_ns"].value]
+    _added(axes, "What the datapath adds to a packet, by the share of watched packets", plain)

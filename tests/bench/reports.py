@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a report on every packet costs the forwarding path, two CPUs writing at once. Nothing is sent: the datapath alone."""
 
-import dataclasses
 import ipaddress
 import random
 
@@ -10,12 +9,11 @@ from tests.bench import measure, rule_sets
 from tests.bench.figure import Figure
 from tests.bench.generator import Traffic, traffic
 from tests.bench.measure import PLAIN, Samples, Say, Variant
-from tests.bench.node import WATCHLIST, WAYS_OUT, Node, node
+from tests.bench.node import EVERY_PACKET, WATCHLIST, WAYS_OUT, Node, node
 
 TAKES_S = (6, 50)
 _FLOWS = 16
 _ROUNDS = (5, 40)
-_EVERY_PACKET = {"interval_ns": 0}
 _REPORTED = "every packet"
 
 
@@ -72,20 +70,14 @@ def _image() -> classifier.Image:
 
 def _traffic(number: int) -> Traffic:
     """What one generator sends: pods of its own, to the services behind its way out."""
-    base = int(ipaddress.ip_network(WAYS_OUT[number]).network_address)
-    return traffic(
-        [
-            dataclasses.replace(packet, destination=base + (packet.destination & 0xFFFF))
-            for packet in rule_sets.unwatched(_FLOWS, seed=number)
-        ]
-    )
+    return traffic(rule_sets.unwatched(_FLOWS, seed=number, services=WAYS_OUT[number]))
 
 
 def _measure(made: Node, rounds: int, packets: int, cpus: int) -> Samples:
     sent = [_traffic(number) for number in range(cpus)]
     for made_by, packets_of_it in zip(made.generators, sent, strict=False):
         made_by.send(packets_of_it)
-    made.commit(_image(), **_EVERY_PACKET)
+    made.commit(_image(), **EVERY_PACKET)
     variants = [
         measure.plain(sent[0]),
         Variant(_REPORTED, sent[0], outcome="reported"),

@@ -3,6 +3,7 @@
 
 import dataclasses
 import datetime
+import itertools
 import json
 import os
 import platform
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import rich.box
 import rich.console
 import rich.table
 import rich.text
@@ -108,15 +110,22 @@ def show(figures: Sequence[Figure], console: rich.console.Console | None = None)
     console = console or rich.console.Console()
     if not console.is_terminal:
         console = rich.console.Console(width=_WIDTH_OF_A_FILE, file=console.file)
-    table = rich.table.Table(box=None, pad_edge=False, header_style="bold")
+    table = rich.table.Table(
+        box=rich.box.SIMPLE, show_edge=False, padding=(0, 1, 0, 0), header_style="bold"
+    )
     for column in _COLUMNS:
         table.add_column(column, justify="right" if column in ("value", "goal") else "left")
-    for figure in figures:
-        if figure.shown:
+    for _, group in itertools.groupby((f for f in figures if f.shown), _section):
+        for figure in group:
             table.add_row(*_row(figure))
+        table.add_section()
     console.print()
     console.print(table)
     console.print()
+
+
+def _section(figure: Figure) -> str:
+    return figure.key.split("_")[0]
 
 
 def _row(figure: Figure) -> tuple[str | rich.text.Text, ...]:

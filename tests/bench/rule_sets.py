@@ -111,11 +111,14 @@ def watched(rules: Sequence[classifier.Rule], count: int, seed: int = 1) -> list
     return found
 
 
-def unwatched(count: int, seed: int = 1, pods: int = 250) -> list[Tuple]:
+def unwatched(
+    count: int, seed: int = 1, pods: int = 250, services: str = "10.96.0.0/16"
+) -> list[Tuple]:
     """Packets of pods and services that no rule names: a node's pods, each with an equal part of the flows."""
     pick = random.Random(seed)
+    base = int(ipaddress.IPv4Network(services).network_address)
     hosts = [PODS + n for n in pick.sample(_ODD, min(count, pods))]
-    targets = [SERVICES + n for n in pick.sample(_ODD, min(count, pods))]
+    targets = [base + n for n in pick.sample(_ODD, min(count, pods))]
     packets = [
         Tuple(
             source=hosts[n % len(hosts)],

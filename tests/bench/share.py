@@ -6,7 +6,7 @@ from tests.bench import measure, rule_sets
 from tests.bench.figure import Figure
 from tests.bench.generator import traffic
 from tests.bench.measure import PLAIN, Say, Variant
-from tests.bench.node import HOUR_NS, node
+from tests.bench.node import NO_NEWS, node
 
 TAKES_S = (5, 25)
 PERCENT = (0, 12.5, 25, 50, 75, 100)
@@ -61,7 +61,7 @@ def _variants() -> list[Variant]:
                 _name(percent),
                 traffic(packets),
                 image=image,
-                policy={"interval_ns": HOUR_NS},
+                policy=NO_NEWS,
                 outcome="suppressed",
                 watched=watched,
             )
