@@ -1,144 +1,59 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drain the report rings and send what is in them: batches of equal length by UDP_SEGMENT, in a thread of its own.
+"""Drain the report rings and send what is in them, in a thread of its own.
 
-A record is finished wire bytes, and report_iovs is an iovec array already, so that a batch is one system call and no byte is
-touched here. The consumer position is in a pinned map: another process goes on where this one stops. One that was killed may have
-sent up to 64 records whose position it did not write any more: these are sent twice, with the same sequence numbers.
+What waits in a ring is taken in chunks. Reports of one chunk that go to one collector and are equally long are sent together, so
+that 64 or 128 of them are one system call; within a chunk (1024) reports may thus overtake others. A record is finished wire bytes
+and no byte is touched here. The consumer position is in a pinned map: another process goes on where this one stops. One that was
+killed may have sent a chunk whose position it did not write any more: that is sent twice, with the same sequence numbers.
 """
 
+import array
+import collections
+import contextlib
 import ctypes
-import mmap
-import struct
+import os
+import select
 import threading
 import time
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import structlog
 
-from hostint_agent import bpf_calls, bpf_types, senders
+from hostint_agent import bpf_calls, bpf_types, numbering, report_rings, senders
 from hostint_agent.node_rules import Destination
 
-_CHUNK = 1024
-_MIN_WAIT_S, _MAX_WAIT_S = 0.002, 0.05
+# a collector that knows how to take late reports back must look this far
+CHUNK = 1024
+_MIN_PAUSE_MS, _MAX_PAUSE_MS = 2, 50
+# while reports come: a ring of 16,384 takes more than a million a second for so long
+_BUSY_PAUSE_MS = 10
+# a ring that was fuller than this share of it is looked after sooner
+_BUSY_SHARE = 16
 _STOP_S = 1.5
-# with more CPUs several rings share a hw id, and only we can number its reports
-HW_IDS_PER_KIND = 32
-# longer than a program needs from taking a sequence number to handing over the record
-_SETTLE_S = 0.002
-_MASK32 = (1 << 32) - 1
-# of the sequence number in a record: big endian in every format there is
-_SEQUENCE_OFFSET = 4
+
+K = TypeVar("K")
 
 log = structlog.get_logger()
 
 
-class _Rings:
-    """The mapped rings of one datapath."""
+class _Turns:
+    """A lock that is passed on in turn: a loop that lets go and takes again does not starve the others."""
 
-    def __init__(self, maps: Path) -> None:
-        self._kept: list[mmap.mmap] = []
-        self.records = self._address(maps / "report_records")
-        opened = bpf_calls.Map.open(maps / "report_records")
-        self.stride, total = opened.stride, opened.max_entries
-        opened.close()
-        self.heads = self._positions(maps / "ring_heads")
-        self.tails = self._positions(maps / "ring_tails")
-        self.count = len(self.heads)
-        self.size = total // self.count
-        self.iov = self._address(maps / "report_iovs")
-        self.iov_words = (ctypes.c_uint64 * (2 * total)).from_address(self.iov)
-        for index in range(total):
-            self.iov_words[2 * index] = self.records + self.stride * index
-        self.words = memoryview(self.iov_words).cast("B").cast("Q")
-        collectors = self._address(maps / "report_collectors")
-        array = (ctypes.c_uint64 * total).from_address(collectors)
-        self.collectors = memoryview(array).cast("B").cast("Q")
-        counters = self._address(maps / "export_counters")
-        self.counters = (bpf_types.ExportCounter * bpf_types.MAX_COLLECTORS).from_address(counters)
+    def __init__(self) -> None:
+        self._next = threading.Lock()
+        self._lock = threading.Lock()
 
-    def _address(self, path: Path) -> int:
-        opened = bpf_calls.Map.open(path)
-        memory = opened.memory()
-        opened.close()
-        self._kept.append(memory)
-        return ctypes.addressof(ctypes.c_char.from_buffer(memory))
-
-    def _positions(self, path: Path) -> list[ctypes.c_uint64]:
-        opened = bpf_calls.Map.open(path)
-        count = opened.max_entries
-        opened.close()
-        address = self._address(path)
-        stride = ctypes.sizeof(bpf_types.RingPosition)
-        return [ctypes.c_uint64.from_address(address + stride * i) for i in range(count)]
-
-
-class _Numbering:
-    """Sequence numbers where several rings share a hw id.
-
-    The shared number is the sum of the rings' own numbers, so that a gap in one of them is a gap in it, and so that another
-    process finds the same numbers: they follow from the maps alone. Records are numbered in a copy.
-    """
-
-    def __init__(self, maps: Path, rings: _Rings) -> None:
-        self._rings = rings
-        opened = bpf_calls.Map.open(maps / "sequences")
-        data = opened.values()
-        opened.close()
-        taken = struct.unpack(f"={len(data) // 8}Q", data)
-        time.sleep(_SETTLE_S)
-        # the last number that was sent, by (ring, collector)
-        self._last = {
-            divmod(index, bpf_types.MAX_COLLECTORS): number & _MASK32
-            for index, number in enumerate(taken)
-            if number
-        }
-        for ring in range(rings.count):
-            self._before_what_waits(ring)
-        self._total: dict[tuple[int, int], int] = {}
-        for (ring, collector), number in self._last.items():
-            key = (_shared(ring), collector)
-            self._total[key] = self._total.get(key, 0) + number
-        self._copies = ctypes.create_string_buffer(rings.stride * _CHUNK)
-        self._iov = (ctypes.c_uint64 * (2 * _CHUNK))()
-        for index in range(_CHUNK):
-            self._iov[2 * index] = ctypes.addressof(self._copies) + rings.stride * index
-
-    def _before_what_waits(self, ring: int) -> None:
-        tail, head = self._rings.tails[ring].value, self._rings.heads[ring].value
-        seen = set()
-        for position in range(tail, head):
-            index = ring * self._rings.size + position % self._rings.size
-            collector = int(self._rings.collectors[index])
-            if collector not in seen:
-                seen.add(collector)
-                self._last[ring, collector] = (self._own_number(index) - 1) & _MASK32
-
-    def _own_number(self, index: int) -> int:
-        address = self._rings.records + self._rings.stride * index + _SEQUENCE_OFFSET
-        return int.from_bytes(ctypes.string_at(address, 4), "big")
-
-    def copy(self, first: int, count: int, length: int, collector: int) -> int:
-        """Number a run of one ring's records; the address of the iovec of the copies."""
-        ring, stride = first // self._rings.size, self._rings.stride
-        key = (_shared(ring), collector)
-        last, total = self._last.get((ring, collector), 0), self._total.get(key, 0)
-        for place in range(count):
-            own = self._own_number(first + place)
-            total += (own - last) & _MASK32
-            last = own
-            copy = ctypes.addressof(self._copies) + stride * place
-            ctypes.memmove(copy, self._rings.records + stride * (first + place), length)
-            ctypes.memmove(copy + _SEQUENCE_OFFSET, struct.pack("!I", total & _MASK32), 4)
-            self._iov[2 * place + 1] = length
-        self._last[ring, collector], self._total[key] = last, total
-        return ctypes.addressof(self._iov)
-
-
-def _shared(ring: int) -> int:
-    """The hw id that a ring writes under."""
-    cpu, kind = divmod(ring, bpf_types.RINGS_PER_CPU)
-    return cpu % HW_IDS_PER_KIND + HW_IDS_PER_KIND * kind
+    @contextlib.contextmanager
+    def mine(self) -> Iterator[None]:
+        with self._next:
+            self._lock.acquire()
+        try:
+            yield
+        finally:
+            self._lock.release()
 
 
 class Exporter:
@@ -152,38 +67,43 @@ class Exporter:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Map the rings below `maps`. `renumber` None: by the number of CPUs. Raises bpf_calls.BpfError."""
-        self._rings = _Rings(maps)
+        self._rings = report_rings.Rings(maps)
         cpus = bpf_calls.possible_cpus()
-        renumber = cpus > HW_IDS_PER_KIND if renumber is None else renumber
-        self._numbering = _Numbering(maps, self._rings) if renumber else None
+        renumber = cpus > numbering.HW_IDS_PER_KIND if renumber is None else renumber
+        self._numbering = numbering.Numbering(maps, self._rings, CHUNK) if renumber else None
+        scratch = (ctypes.c_uint64 * (2 * CHUNK))()
+        self._iov = ctypes.addressof(scratch)
+        self._iov_words = memoryview(scratch).cast("B").cast("Q")
         self._clock = clock
-        self._lock = threading.Lock()
+        self._turns = _Turns()
         self._wanted: Mapping[int, Destination] = {}
         # those that were wanted once, as long as their index is nobody else's: what waits for them still goes there
         self._known: dict[int, Destination] = {}
         self._senders: dict[int, senders.Sender] = {}
         self._connect_errors: dict[int, tuple[float, str]] = {}
-        self._stopping = threading.Event()
-        self._started = False
-        self._thread = threading.Thread(target=self._run, name="export", daemon=True)
+        self._stopping = False
+        self._wake = os.eventfd(0)
+        weakref.finalize(self, os.close, self._wake)
+        self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Begin to send; once is enough, and not before the destinations are known."""
-        if not self._started:
-            self._started = True
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="export", daemon=True)
             self._thread.start()
 
     @property
     def alive(self) -> bool:
         """False when the thread has ended though nobody stopped it."""
-        return not self._started or self._thread.is_alive()
+        return self._thread is None or self._thread.is_alive()
 
     def stop(self) -> None:
         """Stop, and send what is in the rings now; of use without `start` as well."""
-        self._stopping.set()
-        if self._thread.is_alive():
+        self._stopping = True
+        os.eventfd_write(self._wake, 1)
+        if self._thread:
             self._thread.join(_STOP_S)
-        with self._lock:
+        with self._turns.mine():
             # without any destination what waits is left for the process that will know one
             if self._known:
                 self._drain_present()
@@ -196,7 +116,7 @@ class Exporter:
 
         What waits in the rings still goes where its index led before; so do later reports for an index that is wanted no more.
         """
-        with self._lock:
+        with self._turns.mine():
             if any(self._known.get(i, new) != new for i, new in wanted.items()):
                 self._drain_present()
             for index, sender in list(self._senders.items()):
@@ -208,28 +128,23 @@ class Exporter:
             self._connect_errors.clear()
 
     def health(self) -> dict[str, senders.Health]:
-        """How each collector is doing, by name."""
-        with self._lock:
-            told = {}
-            for index, destination in self._wanted.items():
-                sender = self._senders.get(index)
-                if index in self._connect_errors:
-                    told[destination.name] = senders.Health(
-                        False, "NoRoute", self._connect_errors[index][1]
-                    )
-                elif sender:
-                    told[destination.name] = sender.health()
-                else:
-                    where = f"{destination.address}:{destination.port}"
-                    told[destination.name] = senders.Health(
-                        True, "Idle", f"no report for {where} yet"
-                    )
-            return told
+        """How each collector is doing, by name. Does not wait for what is being sent."""
+        return {to.name: self._health(index, to) for index, to in self._wanted.items()}
+
+    def _health(self, index: int, destination: Destination) -> senders.Health:
+        error, sender = self._connect_errors.get(index), self._senders.get(index)
+        if error:
+            return senders.Health(False, "NoRoute", error[1])
+        if sender:
+            # closed meanwhile: its index leads elsewhere now
+            with contextlib.suppress(OSError):
+                return sender.health()
+        where = f"{destination.address}:{destination.port}"
+        return senders.Health(True, "Idle", f"no report for {where} yet")
 
     def fill(self) -> list[int]:
         """Records that wait, by ring."""
-        pairs = zip(self._rings.heads, self._rings.tails, strict=True)
-        return [head.value - tail.value for head, tail in pairs]
+        return self._rings.waiting()
 
     def counters(self) -> dict[int, tuple[int, int]]:
         """(sent, failed) by collector index, since the maps were made."""
@@ -238,51 +153,68 @@ class Exporter:
         }
 
     def _run(self) -> None:
-        wait = _MIN_WAIT_S
-        while not self._stopping.is_set():
-            if self.poll():
-                wait = _MIN_WAIT_S
-            else:
-                self._stopping.wait(wait)
-                wait = min(wait * 2, _MAX_WAIT_S)
+        bell = select.poll()
+        bell.register(self._wake, select.POLLIN)
+        pause_ms = _MIN_PAUSE_MS
+        while not self._stopping:
+            taken, waiting = self._round()
+            pause_ms = _next_pause(pause_ms, max(waiting), self._rings.size)
+            # what a round left waits for no pause
+            if taken == sum(waiting):
+                bell.poll(pause_ms)
 
     def poll(self) -> int:
         """Send what waits, at most one chunk of each ring; how many records were taken."""
-        with self._lock:
-            return sum([self._drain(ring) for ring in range(self._rings.count)])
+        return self._round()[0]
+
+    def _round(self) -> tuple[int, list[int]]:
+        """Send a chunk of each ring: (records that were taken, records that waited by ring)."""
+        waiting = self._rings.waiting()
+        if not any(waiting):
+            return 0, waiting
+        with self._turns.mine():
+            # again: another thread may have sent some while this one waited for its turn
+            waiting = self._rings.waiting()
+            taken = [self._drain(ring, count) for ring, count in enumerate(waiting) if count]
+        return sum(taken), waiting
 
     def _drain_present(self) -> None:
         """Send what waits now, not what comes meanwhile: traffic need not end for this to."""
-        for ring, head in enumerate(self._rings.heads):
-            end = head.value
-            while self._rings.tails[ring].value < end:
-                self._drain(ring)
+        for ring, waiting in enumerate(self._rings.waiting()):
+            left = waiting
+            while left:
+                left -= self._drain(ring, left)
 
-    def _drain(self, ring: int) -> int:
+    def _drain(self, ring: int, waiting: int) -> int:
+        """Send up to a chunk of the records that wait in a ring; how many."""
         rings = self._rings
-        tail = int(rings.tails[ring].value)
-        waiting = int(rings.heads[ring].value) - tail
-        if not waiting:
-            return 0
-        offset = tail % rings.size
-        count = min(waiting, rings.size - offset, _CHUNK)
-        first = ring * rings.size + offset
-        lengths = rings.words[2 * first + 1 : 2 * (first + count) : 2].tolist()
-        collectors = rings.collectors[first : first + count].tolist()
-        begin = 0
-        while begin < count:
-            end = _run_end(lengths, collectors, begin)
-            self._send(first + begin, end - begin, lengths[begin], collectors[begin])
-            # only now: a process that dies before this sends again rather than not at all
-            rings.tails[ring].value = tail + end
-            begin = end
+        index = rings.index(ring)
+        count = min(waiting, CHUNK, (ring + 1) * rings.size - index)
+        if self._numbering is None and rings.alike(index, count):
+            length, collector = rings.lengths(index, 1)[0], rings.collectors(index, 1)[0]
+            self._send(rings.iov(index), count, length, collector)
+        else:
+            self._send_mixed(ring, index, count)
+        # only now: a process that dies before this sends again rather than not at all
+        rings.advance(ring, count)
         return count
 
-    def _send(self, first: int, count: int, length: int, collector: int) -> None:
+    def _send_mixed(self, ring: int, index: int, count: int) -> None:
+        """Send records by collector and length."""
+        lengths = self._rings.lengths(index, count)
+        to = self._rings.collectors(index, count)
+        if self._numbering:
+            records = self._numbering.copy(ring, index, to)
+        else:
+            records = self._rings.addresses(index, count)
+        for (collector, length), group in _groups(to, lengths, records).items():
+            end = 2 * len(group)
+            self._iov_words[0:end:2] = memoryview(array.array("Q", group))
+            self._iov_words[1:end:2] = memoryview(array.array("Q", (length,)) * len(group))
+            self._send(self._iov, len(group), length, collector)
+
+    def _send(self, iov: int, count: int, length: int, collector: int) -> None:
         sound = 0 < length <= self._rings.stride
-        iov = self._rings.iov + 16 * first
-        if self._numbering and sound:
-            iov = self._numbering.copy(first, count, length, collector)
         sender = self._sender(collector) if sound else None
         failed = count if sender is None else sender.send(iov, count, length)
         counter = self._rings.counters[collector % bpf_types.MAX_COLLECTORS]
@@ -315,11 +247,26 @@ class Exporter:
         return sender
 
 
-def _run_end(lengths: list[int], collectors: list[int], begin: int) -> int:
-    """End of the run of at most 64 records from `begin` on that go to one collector and are equally long."""
-    length, collector = lengths[begin], collectors[begin]
-    end = begin + 1
-    limit = min(begin + senders.MAX_SEGMENTS, len(lengths))
-    while end < limit and lengths[end] == length and collectors[end] == collector:
-        end += 1
-    return end
+def _next_pause(pause_ms: int, fullest: int, size: int) -> int:
+    """How long to sleep after a round in which so many records waited in the fullest ring."""
+    if not fullest:
+        return min(2 * pause_ms, _MAX_PAUSE_MS)
+    if fullest > size // _BUSY_SHARE:
+        return max(pause_ms // 2, _MIN_PAUSE_MS)
+    return min(2 * pause_ms, _BUSY_PAUSE_MS)
+
+
+def _groups(
+    to: Sequence[int], lengths: Sequence[int], records: Sequence[int]
+) -> dict[tuple[int, int], list[int]]:
+    """Records by (collector, length), in order within each."""
+    if to.count(to[0]) == len(to):
+        return {(to[0], length): group for length, group in _by(lengths, records).items()}
+    return _by(zip(to, lengths, strict=True), records)
+
+
+def _by(keys: Iterable[K], values: Iterable[int]) -> dict[K, list[int]]:
+    found: dict[K, list[int]] = collections.defaultdict(list)
+    for key, value in zip(keys, values, strict=True):
+        found[key].append(value)
+    return found

@@ -30,12 +30,14 @@ def _create(path: Path, value_bytes: int, entries: int) -> bpf_calls.Map:
 
 
 class Rings:
-    """`count` rings of RING_SIZE records below the directory `maps`."""
+    """`count` rings of `size` records below the directory `maps`."""
 
-    def __init__(self, maps: Path, count: int) -> None:
+    def __init__(self, maps: Path, count: int, size: int = RING_SIZE) -> None:
         self.maps = maps
         self.count = count
-        records = count * RING_SIZE
+        self.size = size
+        self.written = 0
+        records = count * size
         self._records = _create(maps / "report_records", bpf_types.REPORT_BYTES, records)
         self._iovs = _create(maps / "report_iovs", 16, records).memory()
         self._collectors = _create(maps / "report_collectors", 8, records)
@@ -55,6 +57,10 @@ class Rings:
     def tail(self, ring: int) -> int:
         return self._position(self._tails, ring).value
 
+    def waiting(self, ring: int) -> int:
+        """Records of a ring that no exporter took yet."""
+        return (self.head(ring) - self.tail(ring)) % (1 << 64)
+
     def begin_at(self, ring: int, position: int) -> None:
         """Pretend that so many records came and went."""
         self._position(self._heads, ring).value = position
@@ -71,8 +77,8 @@ class Rings:
         """Append a report; its bytes: ring, collector, sequence number, filling."""
         number = self.lose(ring, collector)
         head = self._position(self._heads, ring)
-        assert head.value - self.tail(ring) < RING_SIZE, "the ring is full"
-        index = ring * RING_SIZE + head.value % RING_SIZE
+        assert self.waiting(ring) < self.size, "the ring is full"
+        index = ring * self.size + head.value % self.size
         report = struct.pack("!HHI", ring, collector, number & 0xFFFFFFFF)
         report += bytes((number + i) & 255 for i in range(length - len(report)))
         self._records.update(
@@ -81,15 +87,16 @@ class Rings:
         self._collectors.update(struct.pack("=I", index), struct.pack("=Q", collector))
         struct.pack_into("=Q", self._iovs, 16 * index + 8, length)
         head.value += 1
+        self.written += 1
         return report
 
 
 @contextlib.contextmanager
-def rings(count: int = 2) -> Iterator[Rings]:
+def rings(count: int = 2, size: int = RING_SIZE) -> Iterator[Rings]:
     """Make rings of our own in the bpffs, and take them away again."""
     directory = Path(tempfile.mkdtemp(prefix=f"hostint-rings-{os.getpid()}-", dir="/sys/fs/bpf"))
     try:
-        yield Rings(directory, count)
+        yield Rings(directory, count, size)
     finally:
         shutil.rmtree(directory)
 
