@@ -62,6 +62,7 @@ NAMES: dict[int, str] = {
     210: "host: not IP",
     211: "host: not a packet",
     212: "host: other kernel subsystem",
+    213: "destination IP invalid",
     215: "host: device recursion",
     255: "kernel reason without a code",
 }
@@ -95,7 +96,8 @@ def _table() -> dict[str, Treatment]:
     put(200, "IP_INHDR")
     put(27, "IP_INVALID_SOURCE")
     put(32, "IP_LOCALNET")
-    put(29, "IP_INVALID_DEST IP_OUTNOROUTES IP_INNOROUTES IP_INADDRERRORS")
+    put(29, "IP_OUTNOROUTES IP_INNOROUTES IP_INADDRERRORS")
+    put(213, "IP_INVALID_DEST")
     put(31, "IP_CSUM")
     put(57, "BRIDGE_INGRESS_STP_STATE")
     put(70, "PKT_TOO_BIG")

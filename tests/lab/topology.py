@@ -84,6 +84,11 @@ class Lab:
     collector_address = "10.99.0.2"
     collector_address6 = "fd99::2"
 
+    @property
+    def underlay(self) -> Namespace:
+        """Where the wires of all nodes end, each with the name of its node."""
+        return self._underlay
+
     def __enter__(self) -> Self:
         remove_leftovers()
         try:
