@@ -1,19 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is in the rings arrives, once, in order and at the right place; what does not is counted."""
 
+import collections
+import contextlib
 import os
+import random
 import signal
 import socket
 import struct
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+from pathlib import Path
 
 import pytest
 
-from hostint_agent import bpf_types, exporter
-from tests.agent.rings import RING_SIZE, Receiver, Rings, closed_destination, eventually, rings
+import hostint_collector.sequence
+from hostint_agent import bpf_types, exporter, senders
+from tests.agent.exports import accounts, exported, sequence  # noqa: F401
+from tests.agent.rings import RING_SIZE, Receiver, closed_destination, eventually, rings
 
 pytestmark = pytest.mark.bpf
 SO_NO_CHECK = 11
@@ -25,30 +32,6 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
-
-
-def sequence(report: bytes) -> int:
-    return struct.unpack("!I", report[4:8])[0]
-
-
-_MADE: list[tuple[Rings, exporter.Exporter]] = []
-
-
-def exported(datapath, destinations, **options) -> exporter.Exporter:
-    made = exporter.Exporter(datapath.maps, **{"renumber": False, **options})
-    made.set_destinations(destinations)
-    _MADE.append((datapath, made))
-    return made
-
-
-@pytest.fixture(autouse=True)
-def accounts():
-    """Reports written = sent + failed + waiting, exactly, after every test here, whatever went wrong in it."""
-    _MADE.clear()
-    yield
-    for datapath, exports in _MADE:
-        told = sum(sent + failed for sent, failed in exports.counters().values())
-        assert datapath.written == told + sum(exports.fill())
 
 
 def test_reports_arrive_in_order_and_byte_for_byte():
@@ -71,6 +54,119 @@ def test_mixed_lengths_and_collectors_each_go_to_their_own():
             assert receiver.is_empty()
 
 
+POSITIONS = {
+    "new": 0,
+    "wraps": 10 * RING_SIZE - 30,
+    "32 bits": (1 << 32) - 30,
+    "64 bits": (1 << 64) - 30,
+}
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("position", POSITIONS.values(), ids=POSITIONS)
+def test_whatever_is_written_arrives_once_unchanged_and_in_order_of_its_like(position, seed):
+    random_ = random.Random(seed)
+    lengths = random_.choices(range(28, bpf_types.REPORT_BYTES + 1), k=random_.randint(1, 30))
+    with rings(3) as datapath, contextlib.ExitStack() as stack:
+        receivers = [stack.enter_context(Receiver(str(i))) for i in range(3)]
+        exports = exported(datapath, {i: to.destination for i, to in enumerate(receivers)})
+        written: list[list[bytes]] = [[], [], []]
+        for ring in range(3):
+            datapath.begin_at(ring, position)
+        for _ in range(6):
+            # runs, as flows make them, so that chunks of one kind are among them
+            for _ in range(random_.randint(1, 12)):
+                ring, to, length = (
+                    random_.randrange(3),
+                    random_.randrange(3),
+                    random_.choice(lengths),
+                )
+                for _ in range(
+                    random_.randint(1, min(40, RING_SIZE - datapath.waiting(ring) or 1))
+                ):
+                    if datapath.waiting(ring) < RING_SIZE:
+                        written[to].append(datapath.write(ring, to, length))
+            exports.poll()
+        while exports.poll():
+            pass
+        for to, receiver in enumerate(receivers):
+            came = receiver.take(len(written[to]))
+            assert by_kind(came) == by_kind(written[to])
+            assert receiver.is_empty()
+
+
+def by_kind(reports: list[bytes]) -> dict[tuple[bytes, int], list[bytes]]:
+    """Reports by their ring and length, in order."""
+    found = collections.defaultdict(list)
+    for report in reports:
+        found[report[:2], len(report)].append(report)
+    return found
+
+
+def test_reports_overtake_no_more_than_a_chunk_and_nothing_counts_as_lost():
+    random_ = random.Random(1)
+    with rings(1, 4096) as datapath, Receiver() as receiver:
+        exports = exported(datapath, {0: receiver.destination})
+        for _ in range(4000):
+            datapath.write(0, 0, random_.choice((94, 106, 156)))
+        while exports.poll():
+            pass
+        tracker = hostint_collector.sequence.SequenceTracker()
+        highest = furthest = 0
+        for number in map(sequence, receiver.take(4000)):
+            tracker.see(number)
+            highest = max(highest, number)
+            furthest = max(furthest, highest - number)
+        assert 0 < furthest < exporter.CHUNK
+        assert furthest < hostint_collector.sequence.WINDOW
+        counted = (tracker.lost, tracker.duplicates, tracker.restarts)
+        assert counted == (0, 0, 0)
+        assert tracker.reordered > 0
+
+
+def test_reports_of_one_length_keep_their_order():
+    with rings(1, 4096) as datapath, Receiver() as receiver:
+        written = [datapath.write(0, 0) for _ in range(4000)]
+        exports = exported(datapath, {0: receiver.destination})
+        while exports.poll():
+            pass
+        assert receiver.take(4000) == written
+
+
+def test_the_bytes_of_a_ring_are_mapped_when_it_is_first_used():
+    size = 512
+    with rings(4, size) as datapath, Receiver() as receiver:
+        written = datapath.write(1, 0)
+        exports = exported(datapath, {0: receiver.destination})
+        before = mapped_bytes()
+        exports.poll()
+        assert mapped_bytes() - before == size * bpf_types.REPORT_BYTES
+        datapath.write(1, 0)
+        exports.poll()
+        assert mapped_bytes() - before == size * bpf_types.REPORT_BYTES
+        assert receiver.take(1) == [written]
+
+
+def mapped_bytes() -> int:
+    """How much of BPF maps is mapped in this process."""
+    spans = [
+        line.split()[0].split("-")
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if "bpf-map" in line
+    ]
+    return sum(int(end, 16) - int(begin, 16) for begin, end in spans)
+
+
+def test_a_batch_that_is_too_large_for_the_kernel_goes_in_smaller_ones(monkeypatch):
+    monkeypatch.setattr(senders, "_BATCHES", (1024, 64, 1))
+    with rings(1, 512) as datapath, Receiver() as receiver:
+        written = [datapath.write(0, 0) for _ in range(300)]
+        exports = exported(datapath, {0: receiver.destination})
+        exports.poll()
+        assert receiver.take(300) == written
+        assert exports._senders[0]._most == [64, 1]
+
+
 def test_a_batch_goes_over_the_end_of_the_ring():
     with rings() as datapath, Receiver() as receiver:
         datapath.begin_at(0, 10 * RING_SIZE - 7)
@@ -87,11 +183,12 @@ def test_the_longest_reports_stay_within_one_datagram_each():
         assert receiver.take(RING_SIZE) == written
 
 
-def test_ipv6_collectors_get_reports_too():
+@pytest.mark.parametrize("count", [1, 100])
+def test_ipv6_collectors_get_reports_too(count):
     with rings() as datapath, Receiver(address="::1") as receiver:
-        written = [datapath.write(0, 0) for _ in range(3)]
+        written = [datapath.write(0, 0) for _ in range(count)]
         exported(datapath, {0: receiver.destination}).poll()
-        assert receiver.take(3) == written
+        assert receiver.take(count) == written
 
 
 def test_reports_carry_the_dscp():
@@ -217,6 +314,68 @@ def test_late_reports_of_a_removed_collector_still_go_there():
         assert exports.health() == {}
 
 
+def test_health_does_not_wait_for_what_is_being_sent():
+    with rings() as datapath, Receiver() as receiver:
+        exports = exported(datapath, {0: receiver.destination})
+        datapath.write(0, 0)
+        exports.poll()
+        told = []
+        with exports._turns.mine():
+            asking = threading.Thread(target=lambda: told.append(exports.health()), daemon=True)
+            asking.start()
+            asking.join(10)
+        assert told == [{"here": senders.Health(True, "Sending", told[0]["here"].message)}]
+
+
+def test_health_of_a_collector_that_was_just_replaced_is_no_error():
+    with rings() as datapath, Receiver() as receiver:
+        exports = exported(datapath, {0: receiver.destination})
+        datapath.write(0, 0)
+        exports.poll()
+        exports._senders[0].close()
+        assert exports.health()["here"].reason == "Idle"
+
+
+def test_turns_are_passed_on_in_turn():
+    turns, took, done = exporter._Turns(), [], threading.Event()
+
+    def greedy() -> None:
+        while not done.is_set():
+            with turns.mine():
+                took.append("greedy")
+
+    def other() -> None:
+        for _ in range(20):
+            with turns.mine():
+                took.append("other")
+        done.set()
+
+    threads = [threading.Thread(target=work, daemon=True) for work in (greedy, other)]
+    for thread in threads:
+        thread.start()
+    assert done.wait(20)
+    # while one waits, the greedy one gets no second turn before it
+    first, last = took.index("other"), len(took) - 1 - took[::-1].index("other")
+    assert took[first : last + 1].count("greedy") <= 2 * 20
+
+
+@pytest.mark.parametrize(
+    ("pause", "fullest", "then"),
+    [
+        (2, 0, 4),
+        (32, 0, 50),
+        (50, 0, 50),
+        (2, 1, 4),
+        (8, 1, 10),
+        (50, 1, 10),
+        (10, 1025, 5),
+        (2, 9000, 2),
+    ],
+)
+def test_the_fuller_a_ring_was_the_sooner_it_is_looked_after(pause, fullest, then):
+    assert exporter._next_pause(pause, fullest, 16384) == then
+
+
 def test_stop_sends_what_waits():
     with rings() as datapath, Receiver() as receiver:
         exports = exported(datapath, {0: receiver.destination})
@@ -316,6 +475,40 @@ def test_rings_that_share_a_hw_id_are_numbered_as_one_and_gaps_stay(restart, exp
             exports = exported(datapath, {0: receiver.destination}, renumber=True)
         exports.poll()
         assert [sequence(report) for report in receiver.take(4)] == expected
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_reports_that_share_a_hw_id_are_numbered_without_repetition_and_keep_their_bytes(seed):
+    random_ = random.Random(seed)
+    cpus = [0, 32 * bpf_types.RINGS_PER_CPU, 1]  # the last one is another hw id
+    with rings(cpus[1] + 1) as datapath, contextlib.ExitStack() as stack:
+        receivers = [stack.enter_context(Receiver(str(i))) for i in range(2)]
+        to = {i: receiver.destination for i, receiver in enumerate(receivers)}
+        for ring in cpus:
+            datapath.begin_at(ring, 3 * RING_SIZE - 20)
+        written: list[list[bytes]] = [[], []]
+        taken = collections.Counter()
+        for _ in range(4):
+            # each time another process, which knows the maps only
+            exports = exported(datapath, to, renumber=True)
+            for _ in range(random_.randint(1, 70)):
+                ring, collector = random_.choice(cpus), random_.randrange(2)
+                taken[collector, ring == 1] += 1
+                if random_.random() < 0.1:
+                    datapath.lose(ring, collector)
+                else:
+                    report = datapath.write(ring, collector, random_.choice((40, 60)))
+                    written[collector].append(report)
+            while exports.poll():
+                pass
+        for collector, receiver in enumerate(receivers):
+            came = receiver.take(len(written[collector]))
+            unnumbered = sorted(r[:4] + r[8:] for r in written[collector])
+            assert sorted(r[:4] + r[8:] for r in came) == unnumbered
+            for other in (False, True):
+                numbers = [sequence(r) for r in came if (r[:2] == b"\0\1") is other]
+                assert len(set(numbers)) == len(numbers)
+                assert all(0 < number <= taken[collector, other] for number in numbers)
 
 
 def test_numbering_leaves_the_ring_as_it_was():
