@@ -6,6 +6,7 @@ Watched is what goes to one port (and one protocol without ports), so that every
 
 import contextlib
 import ctypes
+import fcntl
 import itertools
 import os
 import socket
@@ -28,6 +29,8 @@ WAIT_S = 15.0
 _HOUR_NS = 3600 * 10**9
 _PROG_LOAD, _LINK_CREATE = 5, 28
 _SCHED_CLS, _TC_ACT_SHOT = 3, 2
+# linux/if_tun.h
+_TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
 Arrangement = contextlib.AbstractContextManager[object]
 
 
@@ -217,6 +220,23 @@ class Stage:
         # the outer discipline counts what the inner one refuses
         shown = self.host.run("tc", "-s", "qdisc", "show", "dev", interface, "root")
         return int(shown.split("dropped ")[1].split(",")[0])
+
+    @contextlib.contextmanager
+    def unread_device(self) -> Iterator[None]:
+        """t0, a device without Ethernet headers; it has room for two packets, and nobody takes them out."""
+
+        def make() -> int:
+            device = os.open("/dev/net/tun", os.O_RDWR)
+            request = struct.pack("16sH22x", b"t0", _IFF_TUN | _IFF_NO_PI)
+            fcntl.ioctl(device, _TUNSETIFF, request)
+            return device
+
+        device = self.host.inside(make)
+        try:
+            self.host.run(*"ip link set t0 txqueuelen 2 up".split())
+            yield
+        finally:
+            os.close(device)
 
     @contextlib.contextmanager
     def unplugged(self) -> Iterator[None]:
