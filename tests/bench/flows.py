@@ -8,7 +8,7 @@ from tests.bench.generator import traffic
 from tests.bench.measure import ANY, Samples, Say, Variant
 from tests.bench.node import NO_NEWS, node
 
-TAKES_S = (7, 60)
+TAKES_S = (10, 45)
 COUNTS = (16, 256, 4096, 60_000)
 FEW, MANY = 16, 60_000
 KINDS = ("unwatched", "watched")

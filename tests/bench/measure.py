@@ -24,6 +24,7 @@ PACKETS = 20_480
 QUICK_PACKETS = 10_240
 _WARM_UP = 4096
 FLOW_WAYS = 4
+_MOST_UNRESOLVED = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,15 +185,17 @@ def checked_run(
 
 
 def check_counts(variant: Variant, packets: int, counted: dict[str, int]) -> None:
-    """Whether the packets of a run ended where the variant says. Raises WrongCount."""
+    """Whether the packets of a run ended where the variant says. Raises WrongCount.
+
+    A few may be unresolved: of the 64 packets of a batch, two can have addresses that share a slot.
+    """
     watched = variant.watched_tuples * packets // variant.traffic.count
+    wanted = dict.fromkeys(counted, 0) | {"watched": watched}
     if variant.outcome == ANY:
-        if counted["watched"] != watched:
-            raise WrongCount(f"{variant.name}: {counted['watched']} of {watched} packets watched")
-        return
-    wanted = dict.fromkeys(counted, 0)
-    if variant.outcome:
-        wanted["watched"] = wanted[variant.outcome] = watched
+        wanted = counted | {"watched": watched}
+    elif variant.outcome:
+        wanted["unresolved"] = min(counted["unresolved"], int(watched * _MOST_UNRESOLVED))
+        wanted[variant.outcome] = watched - wanted["unresolved"]
     if counted != wanted:
         differing = {k: (counted[k], wanted[k]) for k in counted if counted[k] != wanted[k]}
         raise WrongCount(f"{variant.name}: counted and expected differ: {differing}")

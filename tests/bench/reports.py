@@ -11,7 +11,7 @@ from tests.bench.generator import Traffic, traffic
 from tests.bench.measure import PLAIN, Samples, Say, Variant
 from tests.bench.node import EVERY_PACKET, WATCHLIST, WAYS_OUT, Node, node
 
-TAKES_S = (6, 50)
+TAKES_S = (5, 20)
 _FLOWS = 16
 _ROUNDS = (5, 40)
 _REPORTED = "every packet"

@@ -47,8 +47,11 @@ def test_growth_is_the_difference_in_pairs_over_what_the_smaller_adds():
     assert samples.ratio("many", "few").value == pytest.approx((175 / 150 + 575 / 550) / 2)
 
 
+COUNTERS = ("watched", "suppressed", "reported", "unverified", "unresolved")
+
+
 def counted(**changed: int) -> dict[str, int]:
-    return {"watched": 0, "suppressed": 0, "reported": 0, "unverified": 0} | changed
+    return dict.fromkeys(COUNTERS, 0) | changed
 
 
 def variant(outcome: str | None, watched: int | None = None, flows: int = 4) -> Variant:
@@ -62,11 +65,20 @@ def variant(outcome: str | None, watched: int | None = None, flows: int = 4) -> 
         (variant(None), counted(watched=1)),
         (variant("suppressed"), counted()),
         (variant("suppressed"), counted(watched=100, suppressed=99, unverified=1)),
+        (variant("suppressed"), counted(watched=100, suppressed=94, unresolved=6)),
         (variant("suppressed"), counted(watched=100, reported=100)),
         (variant("suppressed", watched=1), counted(watched=100, suppressed=100)),
         (variant(measure.ANY), counted(watched=99)),
     ],
-    ids=["watched", "not watched", "lost", "reported", "all, not a quarter", "not all"],
+    ids=[
+        "watched",
+        "not watched",
+        "lost",
+        "unresolved",
+        "reported",
+        "all, not a quarter",
+        "not all",
+    ],
 )
 def test_packets_that_ended_elsewhere_give_no_figure(tried, found):
     with pytest.raises(measure.WrongCount, match="tried"):
@@ -78,10 +90,11 @@ def test_packets_that_ended_elsewhere_give_no_figure(tried, found):
     [
         (variant(None), counted()),
         (variant("suppressed"), counted(watched=100, suppressed=100)),
+        (variant("suppressed"), counted(watched=100, suppressed=95, unresolved=5)),
         (variant("suppressed", watched=1), counted(watched=25, suppressed=25)),
         (variant(measure.ANY), counted(watched=100, reported=3, suppressed=97)),
     ],
-    ids=["unwatched", "all", "a quarter", "any"],
+    ids=["unwatched", "all", "all but few", "a quarter", "any"],
 )
 def test_packets_that_ended_where_they_should_do(tried, found):
     measure.check_counts(tried, 100, found)
