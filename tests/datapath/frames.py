@@ -140,14 +140,16 @@ class Mill:
             protocol,
             payload,
             options=bytes([1]) * pick.choice((0, 0, 0, 4, 12, 40)),
-            # none, don't fragment, the first, later ones, the last
-            fragment=pick.choice((0, 0, 0, 0x4000, 0x2000, 0x2001, 0x20B9, 0x1FFF, 0x00B9)),
+            # none, don't fragment, the first, the last, later ones: every bit of the offset by itself
+            fragment=pick.choice(
+                (0, 0, 0, 0x4000, 0x2000, 0x00B9, 0x2000 | 1 << pick.randrange(13))
+            ),
         )
 
     def _packet6(self, protocol: int, payload: bytes) -> bytes:
         pick = self.random
         chain = pick.choices(EXTENSIONS, k=pick.choice((0, 0, 0, 1, 1, 2, 3, 5, 6, 7, 8)))
-        fragment = pick.choice((0, 1, 1, 185 << 3, 185 << 3 | 1, 8))
+        fragment = pick.choice((0, 1, 1, 185 << 3, 1 | 8 << pick.randrange(13)))
         words = pick.choice((0, 0, 0, 1, 3, 20))
         text = extensions(chain, protocol, words=words, fragment=fragment) + payload
         first = chain[0] if chain else protocol

@@ -175,9 +175,9 @@ def test_a_rate_limit_holds_on_all_cpus_together_and_takes_no_sequence_numbers(
     before = sum(routed.sequence(one, limited) for one in rings)
     started = time.monotonic()
     benches.Sender(routed, watchlist).send_on_each_cpu(4000, server(routed, port))
+    windows = (time.monotonic() - started) / 0.1 + 1
     sent = 4000 * len(rings)
     outcome = routed.outcome(watchlist, sent)
-    windows = (time.monotonic() - started) / 0.1 + 1
     reports = routed.datapath.drain()
     prefix = "drops_" if dies else ""
     assert 40 <= len(reports) <= 40 * windows
@@ -247,11 +247,15 @@ def test_flows_beyond_the_table_push_out_others_and_are_counted_and_reported_aga
     assert found["watched"] >= found["reported"] >= count
     assert evicted == found["reported"] - (flows_known(routed.datapath) - known)
     assert evicted >= count - places
-    HostSender(routed.datapath).send(packets[:1000])
-    again = routed.settled(watchlist, routed.watched(watchlist)).counters
-    assert again["watched"] - found["watched"] >= 1000
-    # the oldest were pushed out first
-    assert again["reported"] - found["reported"] >= 950
+    # nine flows for every set of four: hardly a place is left
+    assert flows_known(routed.datapath) > places * 0.95
+    # the oldest are pushed out first: of the last few, less than one in a hundred has had four behind it in its set
+    for again, share_known in ((packets[-bpf_types.NR_FLOW_SETS :], 0.97), (packets[:1000], 0.05)):
+        before_again = routed.settled(watchlist, routed.watched(watchlist)).counters
+        HostSender(routed.datapath).send(again)
+        found = routed.settled(watchlist, routed.watched(watchlist)).counters
+        known_still = found["suppressed"] - before_again["suppressed"]
+        assert (known_still >= share_known * len(again)) == (share_known > 0.5)
 
 
 def test_drops_of_more_flows_than_the_table_holds_push_out_others_and_are_counted(routed, firewall):
@@ -478,6 +482,22 @@ def test_a_packet_that_dies_behind_the_egress_hook_is_reported_twice_and_counted
     dropped = int(shown.split("(dropped ")[1].split(",")[0])
     assert 0 < dropped < 300
     assert found == {"reported": 300, "dropped_late": dropped, "drops_reported": dropped}
+
+
+def test_a_death_behind_the_egress_device_is_no_drop_of_the_node(routed):
+    """Sent out, and refused at the other end of the cable, which is in the node as well: it was forwarded."""
+    watchlist, port = watch_port(routed)
+    host = routed.node.namespace
+    ip(
+        f"-n {host.name} link add away0 type veth peer name away1",
+        f"-n {host.name} link set away0 up",
+        f"-n {host.name} link set away1 up",
+        f"-n {host.name} route add 10.251.0.0/24 dev away0",
+        f"-n {host.name} neigh replace 10.251.0.1 lladdr 02:00:00:00:00:99 dev away0 nud permanent",
+    )
+    routed.datapath.attach("away0", ("egress",))
+    benches.Sender(routed, watchlist).send(200, lambda number: ("10.251.0.1", port))
+    assert routed.outcome(watchlist, 200) == {"reported": 200}
 
 
 def test_a_report_whose_packet_cannot_be_read_is_sent_and_counted(routed, firewall):
