@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pure: from an IntNodeConfig's spec to what the datapath is given: directed rules, report settings, destinations."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from hostint_agent import bpf_types, classifier
 from hostint_api import NodeCollector, NodeConfigSpec, NodeRule, NodeWatchlist, Peer
@@ -53,9 +54,14 @@ class Indexes:
         return Indexes(kept, tuple(index for index in retired if index not in used))
 
 
+# a rule, the place of its watchlist, and the directed rules that it became; by rule id
+_Making = tuple[NodeRule, int, tuple[classifier.Rule, ...]]
+Made = Mapping[int, _Making]
+
+
 @dataclass(frozen=True, slots=True)
 class Program:
-    """Everything a commit needs. `fresh_watchlists`: places whose counters must begin at zero."""
+    """Everything a commit needs. `fresh_watchlists`: places whose counters must begin at zero. `made`: for the next one."""
 
     rules: tuple[classifier.Rule, ...]
     policies: Mapping[int, bpf_types.Policy]
@@ -64,6 +70,7 @@ class Program:
     watchlist_indexes: Indexes
     collector_indexes: Indexes
     fresh_watchlists: tuple[int, ...]
+    made: Made = field(default_factory=dict)
 
 
 def _ports(peer: Peer | None) -> tuple[classifier.PortRange, ...]:
@@ -74,7 +81,7 @@ def _cidrs(peer: Peer | None) -> tuple[classifier.Network, ...]:
     return tuple(peer.cidrs) if peer and peer.cidrs else ()
 
 
-def _directed(rule: NodeRule, watchlist: int) -> list[classifier.Rule]:
+def _directed(rule: NodeRule, watchlist: int) -> tuple[classifier.Rule, ...]:
     """A rule, and its reply direction if it wants that."""
     one_way = classifier.Rule(
         rule_id=rule.id,
@@ -87,8 +94,8 @@ def _directed(rule: NodeRule, watchlist: int) -> list[classifier.Rule]:
         destination_ports=_ports(rule.destination),
     )
     if not rule.bidirectional:
-        return [one_way]
-    return [
+        return (one_way,)
+    return (
         one_way,
         classifier.Rule(
             rule_id=one_way.rule_id,
@@ -100,7 +107,37 @@ def _directed(rule: NodeRule, watchlist: int) -> list[classifier.Rule]:
             source_ports=one_way.destination_ports,
             destination_ports=one_way.source_ports,
         ),
-    ]
+    )
+
+
+def _same_peer(one: Peer | None, other: Peer | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.cidrs == other.cidrs and _ports(one) == _ports(other)
+
+
+def _same(one: NodeRule, other: NodeRule) -> bool:
+    """Whether two rules mean the same; their names do not matter. Half the time of comparing the models."""
+    return (
+        one.action == other.action
+        and one.protocol == other.protocol
+        and one.bidirectional == other.bidirectional
+        and _same_peer(one.source, other.source)
+        and _same_peer(one.destination, other.destination)
+    )
+
+
+def _make(rules: Iterable[NodeRule], places: Mapping[str, int], before: Made) -> Iterator[_Making]:
+    """What becomes of every rule whose watchlist has a place; the same objects as before where nothing is different."""
+    for rule in rules:
+        place = places.get(rule.watchlist)
+        if place is None:
+            continue
+        known = before.get(rule.id)
+        if known is None or known[1] != place or not (known[0] is rule or _same(known[0], rule)):
+            yield rule, place, _directed(rule, place)
+        else:
+            yield known if known[0] is rule else (rule, place, known[2])
 
 
 def _ignore_reports(spec: NodeConfigSpec) -> list[classifier.Rule]:
@@ -157,8 +194,9 @@ def build(
     spec: NodeConfigSpec,
     watchlists: Indexes = Indexes(),
     collectors: Indexes = Indexes(),
+    before: Made = MappingProxyType({}),
 ) -> Program:
-    """What this spec means for the datapath, given the places that names had before.
+    """What this spec means for the datapath, given the places that names had before, and what had been made of rules.
 
     Raises classifier.LimitExceeded when there are more watchlists or collectors than places.
     """
@@ -169,11 +207,10 @@ def build(
     )
     places = watchlist_indexes.names
     known = [w for w in spec.watchlists if w.collector in collector_indexes.names]
-    known_names = {w.name for w in known}
+    made = list(_make(spec.rules, {w.name: places[w.name] for w in known}, before))
     rules = _ignore_reports(spec)
-    for rule in spec.rules:
-        if rule.watchlist in known_names:
-            rules += _directed(rule, places[rule.watchlist])
+    for _, _, directed in made:
+        rules += directed
     return Program(
         rules=tuple(rules),
         policies={places[w.name]: _policy(w, collector_indexes.names[w.collector]) for w in known},
@@ -182,6 +219,7 @@ def build(
         watchlist_indexes=watchlist_indexes,
         collector_indexes=collector_indexes,
         fresh_watchlists=_fresh(watchlists, watchlist_indexes),
+        made={making[0].id: making for making in made},
     )
 
 

@@ -116,3 +116,61 @@ def test_a_new_name_in_an_old_place_begins_at_zero():
 def test_more_names_than_places_are_refused():
     with pytest.raises(classifier.LimitExceeded):
         node_rules.Indexes().follow([str(i) for i in range(17)], 0, 16)
+
+
+def rules_of(built: node_rules.Program) -> list[classifier.Rule]:
+    """Without the agent's own."""
+    return [r for r in built.rules if r.watchlist]
+
+
+def test_a_rule_that_did_not_change_is_the_same_object_in_the_next_program():
+    """The compiler finds in this way what did not change, without a look inside."""
+    other = RULE | {"id": 78, "destination": {"cidrs": ["198.51.100.0/24"]}}
+    first = node_rules.build(spec(rules=[RULE, other]))
+    moved = other | {"name": "renamed", "source": {"cidrs": ["10.1.0.0/16"]}}
+    # the same spec in other objects, with one rule changed
+    second = node_rules.build(
+        spec(rules=[moved, RULE]), first.watchlist_indexes, first.collector_indexes, first.made
+    )
+    assert [str(r.sources[0]) for r in rules_of(second)[:2]] == ["10.1.0.0/16", "198.51.100.0/24"]
+    assert rules_of(second)[2] is rules_of(first)[0]
+    assert rules_of(second)[3] is rules_of(first)[1]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"action": "Ignore"},
+        {"protocol": "UDP"},
+        {"bidirectional": False},
+        {"source": None},
+        {"source": {"cidrs": ["10.0.0.0/9"]}},
+        {"source": {"cidrs": ["10.0.0.0/8"], "ports": [{"port": 1}]}},
+        {"destination": {"cidrs": ["192.0.2.0/24"], "ports": [{"port": 80}]}},
+        {"watchlist": "store"},
+    ],
+    ids=str,
+)
+def test_a_program_is_the_same_whatever_was_made_before(change):
+    watchlists = [WATCHLIST, WATCHLIST | {"name": "store"}]
+    first = node_rules.build(spec(watchlists=watchlists))
+    changed = spec(watchlists=watchlists, rules=[RULE | change])
+    known = node_rules.build(changed, first.watchlist_indexes, first.collector_indexes, first.made)
+    assert rules_of(known) == rules_of(node_rules.build(changed))
+    assert rules_of(known) != rules_of(first)
+
+
+def test_a_watchlist_that_has_another_place_now_takes_its_rules_along():
+    first = node_rules.build(spec())
+    places = node_rules.Indexes({"shop": 9})
+    second = node_rules.build(spec(), places, first.collector_indexes, first.made)
+    assert {r.watchlist for r in rules_of(second)} == {9}
+
+
+def test_two_rules_of_one_id_stay_two_rules():
+    twin = RULE | {"name": "twin", "protocol": "UDP"}
+    twins = spec(rules=[RULE, twin])
+    first = node_rules.build(twins)
+    second = node_rules.build(twins, first.watchlist_indexes, first.collector_indexes, first.made)
+    assert [r.protocol for r in rules_of(second)] == [6, 6, 17, 17]
+    assert rules_of(second) == rules_of(first)
