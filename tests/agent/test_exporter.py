@@ -336,27 +336,21 @@ def test_health_of_a_collector_that_was_just_replaced_is_no_error():
         assert exports.health()["here"].reason == "Idle"
 
 
-def test_turns_are_passed_on_in_turn():
-    turns, took, done = exporter._Turns(), [], threading.Event()
-
-    def greedy() -> None:
-        while not done.is_set():
-            with turns.mine():
-                took.append("greedy")
+def test_who_waits_for_a_turn_has_it_before_who_asks_again():
+    turns, took = exporter._Turns(), []
 
     def other() -> None:
-        for _ in range(20):
-            with turns.mine():
-                took.append("other")
-        done.set()
+        with turns.mine():
+            took.append("other")
 
-    threads = [threading.Thread(target=work, daemon=True) for work in (greedy, other)]
-    for thread in threads:
-        thread.start()
-    assert done.wait(20)
-    # while one waits, the greedy one gets no second turn before it
-    first, last = took.index("other"), len(took) - 1 - took[::-1].index("other")
-    assert took[first : last + 1].count("greedy") <= 2 * 20
+    waiting = threading.Thread(target=other, daemon=True)
+    with turns.mine():
+        waiting.start()
+        eventually(turns._next.locked)
+    with turns.mine():
+        took.append("again")
+    waiting.join(10)
+    assert took == ["other", "again"]
 
 
 @pytest.mark.parametrize(
@@ -453,6 +447,29 @@ def test_a_killed_exporter_is_followed_without_loss():
             received += receiver.take(1)
         assert sorted(set(map(sequence, received))) == list(range(1, len(written) + 1))
         assert len(received) - len(written) <= min(exporter.CHUNK, RING_SIZE)
+
+
+@pytest.mark.parametrize("groups_before", [0, 1])
+def test_a_process_that_dies_between_groups_leaves_the_whole_chunk_to_the_next(groups_before):
+    with rings(1) as datapath, Receiver() as receiver:
+        written = [datapath.write(0, 0, 40 + i % 2) for i in range(20)]
+        exports = exported(datapath, {0: receiver.destination})
+        real, left = exports._send, [groups_before]
+
+        def die_in_time(*arguments: int) -> None:
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            real(*arguments)
+
+        exports._send = die_in_time
+        with pytest.raises(KeyboardInterrupt):
+            exports.poll()
+        exported(datapath, {0: receiver.destination}).poll()
+        came = receiver.take(20 + 10 * groups_before)
+        assert set(came) == set(written)
+        # what was sent twice was counted twice
+        datapath.written += 10 * groups_before
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 """What becomes of reports when the network does not take them: each is counted, and none holds the exporter up."""
 
 import contextlib
+import select
 import socket
 import struct
 import time
@@ -115,6 +116,31 @@ def test_a_short_jam_costs_no_report():
             drained(near, exports)
             assert exports.counters() == {0: (4001, 0)}
             assert len(received(receiver, 4001)) == 4001
+
+
+def test_what_the_network_said_earlier_does_not_end_the_wait_for_room():
+    with cable() as (near, far), rings(1, 4096) as datapath:
+        with far_receiver(far) as receiver:
+            to = receiver.destination
+        exports = exported(datapath, {0: to})
+        datapath.write(0, 0)
+        drained(near, exports)
+        sender = exports._senders[0]._socket
+        eventually(lambda: has_errors(sender))
+        with far.socket(socket.AF_INET, socket.SOCK_DGRAM) as listening:
+            listening.bind((to.address, to.port))
+            sender.setsockopt(socket.SOL_SOCKET, SO_SNDBUF, SMALL_BUFFER)
+            queue(near, "add", "80mbit", "10mb")
+            for _ in range(4000):
+                datapath.write(0, 0)
+            drained(near, exports)
+            assert exports.counters() == {0: (4001, 0)}
+
+
+def has_errors(sender: socket.socket) -> bool:
+    asked = select.poll()
+    asked.register(sender, 0)
+    return bool(asked.poll(0))
 
 
 def test_stop_ends_when_the_network_takes_nothing():
