@@ -91,22 +91,37 @@ def _make(pin_dir: Path) -> None:
 @contextlib.contextmanager
 def _alone(pin_dir: Path) -> Iterator[None]:
     """Be the only process that works with this pin directory; two would send every report twice. Raises StartError."""
-    directory = os.open(pin_dir, os.O_RDONLY | os.O_DIRECTORY)
     deadline = time.monotonic() + _LOCK_WAIT_S
+    while (directory := _locked(pin_dir)) is None:
+        if time.monotonic() > deadline:
+            raise StartError(
+                f"pin directory {pin_dir} is in use by another hostint-agent; stop that one first"
+            )
+        time.sleep(0.1)
+    # the loader is ours too: should we be killed, nobody else begins before it has ended
+    os.set_inheritable(directory, True)
     try:
-        while True:
-            try:
-                fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise StartError(
-                        f"pin directory {pin_dir} is in use by another hostint-agent; stop that one first"
-                    ) from None
-            time.sleep(0.1)
         yield
     finally:
         os.close(directory)
+
+
+def _locked(pin_dir: Path) -> int | None:
+    """A descriptor that holds the lock of the directory that has this name now; None if another process has it."""
+    pin_dir.mkdir(parents=True, exist_ok=True)
+    directory = os.open(pin_dir, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # whoever had it may have removed the directory, and a third may have made it anew
+        if os.path.samestat(os.fstat(directory), pin_dir.stat()):
+            return directory
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except BaseException:
+        os.close(directory)
+        raise
+    os.close(directory)
+    return None
 
 
 def start(process: agent.Agent) -> None:

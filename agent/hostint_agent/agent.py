@@ -4,7 +4,6 @@
 import asyncio
 import dataclasses
 import importlib.metadata
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ from hostint_agent import (
     settings,
     tables,
     topology,
-    unload,
 )
 from hostint_api import (
     CollectorState,
@@ -67,7 +65,6 @@ class Agent:
         self._refusal: str | None = None
         self._config_errors = 0
         self._program = node_rules.build(NodeConfigSpec(node_id=0))
-        self._compiler = classifier.Compiler()
         self._names = kernel.drop_reason_names()
 
     def start(self) -> None:
@@ -131,10 +128,8 @@ class Agent:
     def _commit(self, wanted: Wanted) -> None:
         before = self._program
         spec = wanted.spec or NodeConfigSpec(node_id=0)
-        program = node_rules.build(
-            spec, before.watchlist_indexes, before.collector_indexes, before.made
-        )
-        image = self._compiler.compile(program.rules)
+        program = node_rules.build(spec, before.watchlist_indexes, before.collector_indexes)
+        image = classifier.compile_rules(program.rules)
         self._counters.reset(program.fresh_watchlists)
         if wanted.spec:
             self._config.set_node_id(spec.node_id)
@@ -289,7 +284,7 @@ def _retire_other_builds(
     pin_dir: Path, directory: Path, destinations: Mapping[int, node_rules.Destination]
 ) -> None:
     """Send what the rings of another version's programs still hold, then unpin them: they are attached nowhere any more."""
-    for other in unload.builds(pin_dir):
+    for other in loader.builds(pin_dir):
         if other == directory:
             continue
         try:
@@ -300,5 +295,5 @@ def _retire_other_builds(
             log.warning(
                 "reports of the older datapath not sent", build=other.name, error=str(error)
             )
-        shutil.rmtree(other)
+        loader.remove(other)
         log.info("older datapath removed", build=other.name)

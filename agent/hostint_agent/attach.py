@@ -1,37 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attach the pinned programs to the watched interfaces, first in order, and keep it so. TCX by pinned links, clsact as fallback."""
 
-import contextlib
 import dataclasses
-import errno
 import os
 import re
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import pyroute2
 import structlog
 
-from hostint_agent import bpf_calls, interfaces, local_addresses
+from hostint_agent import bpf_calls, clsact, interfaces, kernel, local_addresses
 
 Mode = Literal["auto", "tcx", "clsact"]
-Direction = Literal["ingress", "egress"]
-DIRECTIONS: tuple[Direction, ...] = ("ingress", "egress")
 DROP_TRACEPOINT = "kfree_skb"
-# how our clsact filter is recognised: nothing of another owner is ever touched
-FILTER_HANDLE = 0x1D7
-FILTER_PREFERENCE = 1
-FILTER_NAME = "hostint"
 _TCX_TYPE = {"ingress": bpf_calls.TCX_INGRESS, "egress": bpf_calls.TCX_EGRESS}
-_CLSACT_PARENT = {"ingress": 0xFFFFFFF2, "egress": 0xFFFFFFF3}
-_LINK_PIN = re.compile(r"tcx-(\d+)-(ingress|egress)$")
+_LINK_PIN = re.compile(r"tcx-(\d+)-(ingress|egress)")
 _MAX_PORT = 65535
-_CHECK_INTERVAL_S = 1.0
-_DEBOUNCE_S = 0.02
+# nobody tells when a TCX list changes, so it is asked for, often enough to be first again within a second; with hundreds of
+# interfaces less often, so that the questions stay below 0.2 % of a core
+_CHECK_INTERVAL_S, _MAX_CHECK_INTERVAL_S = 0.25, 0.6
+_CHECK_SHARE = 0.002
+# everything else is told by netlink: this is for what nobody thought of
+_LOOK_INTERVAL_S = 30.0
+# a new pod is a burst of messages; where a look takes long, bursts are longer too
+_DEBOUNCE_S, _MAX_DEBOUNCE_S = 0.02, 0.2
+_DEBOUNCE_LOOKS = 4
 
 log = structlog.get_logger()
 
@@ -64,184 +61,91 @@ class TcxHooks:
 
     method = "tcx"
 
-    def __init__(self, links: Path, programs: Path) -> None:
+    def __init__(self, links: Path, programs: Mapping[str, bpf_calls.Program]) -> None:
         self._links = links
         self._programs = programs
+        self._heads: dict[tuple[int, clsact.Direction], bpf_calls.TcxHead] = {}
 
-    def _pin(self, ifindex: int, direction: Direction) -> Path:
+    def _pin(self, ifindex: int, direction: clsact.Direction) -> Path:
         return self._links / f"tcx-{ifindex}-{direction}"
 
-    def ensure(self, ifindex: int, direction: Direction) -> None:
-        """Have the current program run first. Raises bpf_calls.BpfError."""
-        program = bpf_calls.obj_get(self._programs / direction)
-        try:
-            self._ensure_program(ifindex, direction, program)
-        finally:
-            os.close(program)
+    def in_place(self) -> bool:
+        """True if every hook that `ensure` has seen to still has our program first."""
+        return all(
+            head.program_id() == self._programs[direction].id
+            for (_, direction), head in self._heads.items()
+        )
 
-    def _ensure_program(self, ifindex: int, direction: Direction, program: int) -> None:
-        pin = self._pin(ifindex, direction)
-        wanted = bpf_calls.program_id(program)
+    def ensure(self, ifindex: int, direction: clsact.Direction) -> str | None:
+        """Have the current program run first; what was wrong, if anything. Raises bpf_calls.BpfError."""
+        program, pin = self._programs[direction], self._pin(ifindex, direction)
+        head = self._heads.get((ifindex, direction))
+        if head is None:
+            head = bpf_calls.TcxHead(ifindex, _TCX_TYPE[direction])
+        if head.program_id() == program.id and pin.exists():
+            self._heads[ifindex, direction] = head
+            return None
+        self._heads.pop((ifindex, direction), None)
+        wrong = "not attached"
         if pin.exists():
-            link = bpf_calls.obj_get(pin)
-            try:
-                attached, target = bpf_calls.tcx_link_target(link)
-                if target == ifindex:
-                    if attached != wanted:
-                        bpf_calls.link_update(link, program)
-                    if bpf_calls.tcx_program_ids(ifindex, _TCX_TYPE[direction])[:1] == [wanted]:
-                        return
-            finally:
-                os.close(link)
+            wrong = "not first"
+            if self._update(pin, ifindex, program) and head.program_id() == program.id:
+                self._heads[ifindex, direction] = head
+                return "another program"
             # the device is another one by now, or somebody put himself before us
             pin.unlink()
-        link = bpf_calls.tcx_link_create(program, ifindex, _TCX_TYPE[direction])
+        link = bpf_calls.tcx_link_create(program.fd, ifindex, _TCX_TYPE[direction])
         try:
             bpf_calls.obj_pin(link, pin)
         finally:
             os.close(link)
+        self._heads[ifindex, direction] = head
+        return wrong
 
-    def remove_others(self, wanted: frozenset[int]) -> None:
+    def _update(self, pin: Path, ifindex: int, program: bpf_calls.Program) -> bool:
+        """Have a pinned link run this program; False if it is of a device that is gone."""
+        link = bpf_calls.obj_get(pin)
+        try:
+            attached, target = bpf_calls.tcx_link_target(link)
+            if target != ifindex:
+                return False
+            if attached != program.id:
+                bpf_calls.link_update(link, program.fd)
+            return True
+        finally:
+            os.close(link)
+
+    def keep_only(self, wanted: frozenset[int]) -> None:
         """Detach from every interface that is not wanted (any more)."""
+        self._heads = {key: head for key, head in self._heads.items() if key[0] in wanted}
         for pin in list(self._links.iterdir()):
-            match = _LINK_PIN.match(pin.name)
+            match = _LINK_PIN.fullmatch(pin.name)
             if match and int(match[1]) not in wanted:
                 pin.unlink()
-
-
-class ClsactHooks:
-    """Our filter in the clsact qdisc, for kernels without TCX: by handle and preference, never touching the qdisc itself."""
-
-    method = "clsact"
-
-    def __init__(self, programs: Path) -> None:
-        self._programs = programs
-
-    def ensure(self, ifindex: int, direction: Direction) -> None:
-        """Have our filter first in preference 1. Raises OSError or pyroute2.NetlinkError."""
-        program = bpf_calls.obj_get(self._programs / direction)
-        try:
-            with pyroute2.IPRoute() as netlink:
-                filters = _filters(netlink, ifindex, direction)
-                ours = [f for f in filters if f.is_ours]
-                wanted = bpf_calls.program_id(program)
-                if ours and filters[0] == ours[0] and ours[0].program == wanted:
-                    return
-                if ours:
-                    _delete_filter(netlink, ifindex, direction)
-                _add_filter(netlink, ifindex, direction, program)
-        finally:
-            os.close(program)
-
-    def remove_others(self, wanted: frozenset[int]) -> None:
-        """Take our filter off every interface that is not wanted (any more)."""
-        with pyroute2.IPRoute() as netlink:
-            for message in netlink.get_links():
-                if message["index"] not in wanted:
-                    remove_filters(netlink, message["index"])
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Filter:
-    preference: int
-    handle: int
-    name: str | None
-    program: int | None
-
-    @property
-    def is_ours(self) -> bool:
-        return self.handle == FILTER_HANDLE and self.name == FILTER_NAME
-
-
-def _filters(netlink: Any, ifindex: int, direction: Direction) -> list[_Filter]:
-    """BPF filters of one hook in the order they run; none where there is no clsact."""
-    try:
-        messages = list(netlink.get_filters(index=ifindex, parent=_CLSACT_PARENT[direction]))
-    except pyroute2.NetlinkError as error:
-        if error.code in (errno.EINVAL, errno.ENOENT, errno.ENODEV, errno.EOPNOTSUPP):
-            return []
-        raise
-    found = []
-    for message in messages:
-        options = message.get_attr("TCA_OPTIONS")
-        if message.get_attr("TCA_KIND") != "bpf" or not options or not message["handle"]:
-            continue
-        found.append(
-            _Filter(
-                preference=message["info"] >> 16,
-                handle=message["handle"],
-                name=options.get_attr("TCA_BPF_NAME"),
-                program=options.get_attr("TCA_BPF_ID"),
-            )
-        )
-    return found
-
-
-def _add_filter(netlink: Any, ifindex: int, direction: Direction, program: int) -> None:
-    with contextlib.suppress(FileExistsError):
-        try:
-            netlink.tc("add", "clsact", ifindex)
-        except pyroute2.NetlinkError as error:
-            if error.code != errno.EEXIST:
-                raise
-    netlink.tc(
-        "add-filter",
-        "bpf",
-        ifindex,
-        FILTER_HANDLE,
-        fd=program,
-        name=FILTER_NAME,
-        parent=_CLSACT_PARENT[direction],
-        prio=FILTER_PREFERENCE,
-        protocol=3,  # ETH_P_ALL
-        direct_action=True,
-    )
-
-
-def _delete_filter(netlink: Any, ifindex: int, direction: Direction) -> None:
-    netlink.tc(
-        "del-filter",
-        "bpf",
-        ifindex,
-        FILTER_HANDLE,
-        parent=_CLSACT_PARENT[direction],
-        prio=FILTER_PREFERENCE,
-        protocol=3,
-    )
-
-
-def remove_filters(netlink: Any, ifindex: int) -> list[Direction]:
-    """Remove our clsact filters from one interface, nothing else; the directions that had one."""
-    removed: list[Direction] = []
-    for direction in DIRECTIONS:
-        if any(f.is_ours for f in _filters(netlink, ifindex, direction)):
-            _delete_filter(netlink, ifindex, direction)
-            removed.append(direction)
-    return removed
 
 
 class DropLink:
     """The pinned link of the drop program to its tracepoint."""
 
-    def __init__(self, links: Path, programs: Path) -> None:
+    def __init__(self, links: Path, program: bpf_calls.Program) -> None:
         self._pin = links / DROP_TRACEPOINT
-        self._programs = programs
+        self._program = program
+
+    def in_place(self) -> bool:
+        """True as long as the pin is there, which is what holds the link."""
+        return self._pin.exists()
 
     def ensure(self) -> None:
         """Have the current drop program attached. Raises bpf_calls.BpfError."""
-        program = bpf_calls.obj_get(self._programs / "drop")
+        if self._pin.exists() and self._attached() == self._program.id:
+            return
+        # the new one first: a packet that dies in between is seen by either, and its slot is used up by the first
+        link = bpf_calls.raw_tracepoint_open(DROP_TRACEPOINT, self._program.fd)
         try:
-            if self._pin.exists() and self._attached() == bpf_calls.program_id(program):
-                return
-            # the new one first: a packet that dies in between is seen by either, and its slot is used up by the first
-            link = bpf_calls.raw_tracepoint_open(DROP_TRACEPOINT, program)
-            try:
-                self._pin.unlink(missing_ok=True)
-                bpf_calls.obj_pin(link, self._pin)
-            finally:
-                os.close(link)
+            self._pin.unlink(missing_ok=True)
+            bpf_calls.obj_pin(link, self._pin)
         finally:
-            os.close(program)
+            os.close(link)
 
     def _attached(self) -> int:
         link = bpf_calls.obj_get(self._pin)
@@ -280,6 +184,30 @@ class Ports:
         return next(port for port in range(_MAX_PORT, 0, -1) if port not in taken)
 
 
+class Patience:
+    """How soon to try again what did not last: at once at first, later and later for what fails again and again.
+
+    Somebody who insists on our place would otherwise have us make links without end, and every one takes the RTNL lock.
+    """
+
+    _FREE = 20
+    _REFILL_S = 5.0
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._left, self._at = float(self._FREE), clock()
+
+    def spend(self) -> bool:
+        """Take one try; False if there is none left now."""
+        now = self._clock()
+        self._left = min(self._FREE, self._left + (now - self._at) / self._REFILL_S)
+        self._at = now
+        if self._left < 1:
+            return False
+        self._left -= 1
+        return True
+
+
 class Attacher:
     """Keeps the programs attached, in a thread of its own: a TCX link takes milliseconds to make."""
 
@@ -293,18 +221,29 @@ class Attacher:
         on_change: Callable[[State], None],
     ) -> None:
         """`directory` is `PIN/<build>` as the loader returned it. Raises bpf_calls.BpfError."""
-        links = pin_dir / "links"
-        links.mkdir(parents=True, exist_ok=True)
-        programs = directory / "programs"
-        self._tcx = TcxHooks(links, programs)
-        self._clsact = ClsactHooks(programs)
-        self._drop = DropLink(links, programs)
+        self._links = pin_dir / "links"
+        programs = {
+            name: bpf_calls.Program.open(directory / "programs" / name)
+            for name in (*clsact.DIRECTIONS, "drop")
+        }
+        self._programs = programs
+        if mode == "auto":
+            mode = "tcx" if kernel.features().tcx else "clsact"
+            log.info("attaching", method=mode)
+        self._tcx = TcxHooks(self._links, programs)
+        self._hooks = self._tcx if mode == "tcx" else clsact.Hooks(programs)
+        self._drop = DropLink(self._links, programs["drop"])
         self._ports = Ports(directory / "maps")
         self._local = local_addresses.LocalAddresses(directory / "maps")
         self._patterns = patterns
-        self._mode = mode
         self._on_change = on_change
         self._state = State()
+        self._patience = Patience()
+        self._debounce_s = _DEBOUNCE_S
+        self._check_interval_s = _CHECK_INTERVAL_S
+        self._next_look = 0.0
+        # before the first look: what changes after it must not go unnoticed
+        self._changes = interfaces.Changes()
         self._wake_read, self._wake_write = os.pipe()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="attach", daemon=True)
@@ -315,6 +254,7 @@ class Attacher:
 
     def start(self) -> None:
         """Attach now, then follow changes in the thread."""
+        self._forget_other_method()
         self.reconcile()
         self._thread.start()
 
@@ -324,15 +264,34 @@ class Attacher:
         os.write(self._wake_write, b"x")
         if self._thread.is_alive():
             self._thread.join()
+        self._changes.close()
         os.close(self._wake_read)
         os.close(self._wake_write)
+        for program in self._programs.values():
+            os.close(program.fd)
+
+    def _forget_other_method(self) -> None:
+        """Detach what an agent with another `--attach` left: a packet would be seen twice."""
+        try:
+            if self._hooks is self._tcx:
+                clsact.remove_all()
+            elif self._links.is_dir():
+                self._tcx.keep_only(frozenset())
+        except OSError as error:
+            log.warning("older attachments not removed", error=str(error))
 
     def reconcile(self) -> State:
         """Look at the interfaces once and attach what is missing; never raises for what the world does."""
+        begun = time.monotonic()
         try:
             state = self._look()
-        except (OSError, pyroute2.NetlinkError) as error:
+        except OSError as error:
             state = State(self._state.attachments, error=str(error))
+        ended = time.monotonic()
+        self._debounce_s = min(max(_DEBOUNCE_LOOKS * (ended - begun), _DEBOUNCE_S), _MAX_DEBOUNCE_S)
+        trouble = state.error or state.failed
+        again = trouble and self._patience.spend()
+        self._next_look = ended + (_CHECK_INTERVAL_S if again else _LOOK_INTERVAL_S)
         if state != self._state:
             self._tell(state)
             self._state = state
@@ -340,30 +299,28 @@ class Attacher:
         return state
 
     def _look(self) -> State:
+        # by hand or by whoever cleans up a bpffs, all of it may be gone
+        self._links.mkdir(parents=True, exist_ok=True)
         network = interfaces.read_network()
         chosen = interfaces.choose(network, self._patterns)
         ports = self._ports.assign(interface.ifindex for interface in chosen)
         self._local.replace(network.local)
         self._drop.ensure()
         attachments = tuple(self._attach(i, ports[i.ifindex]) for i in chosen)
-        methods = {a.interface.ifindex: a.method for a in attachments}
-        self._tcx.remove_others(frozenset(i for i, m in methods.items() if m == "tcx"))
-        if self._mode == "clsact" or "clsact" in methods.values():
-            self._clsact.remove_others(frozenset(methods))
+        self._hooks.keep_only(frozenset(interface.ifindex for interface in chosen))
         return State(attachments)
 
     def _attach(self, interface: interfaces.Interface, port: int) -> Attachment:
-        hooks: TcxHooks | ClsactHooks = self._clsact if self._mode == "clsact" else self._tcx
+        method = self._hooks.method
+        known = any(a.interface.ifindex == interface.ifindex for a in self._state.attachments)
         try:
-            for direction in DIRECTIONS:
-                hooks.ensure(interface.ifindex, direction)
-        except (OSError, pyroute2.NetlinkError) as error:
-            if self._mode == "auto" and getattr(error, "errno", None) == errno.EINVAL:
-                log.info("this kernel has no tcx, using clsact")
-                self._mode = "clsact"
-                return self._attach(interface, port)
-            return Attachment(interface, port, hooks.method, error=str(error))
-        return Attachment(interface, port, hooks.method)
+            for direction in clsact.DIRECTIONS:
+                wrong = self._hooks.ensure(interface.ifindex, direction)
+                if wrong and known:
+                    log.info("attached again", iface=interface.name, hook=direction, was=wrong)
+        except OSError as error:
+            return Attachment(interface, port, method, error=str(error))
+        return Attachment(interface, port, method)
 
     def _tell(self, state: State) -> None:
         before = {(a.interface.ifindex, a.interface.name, a.error) for a in self._state.attachments}
@@ -380,9 +337,20 @@ class Attacher:
             log.warning("interfaces not read", error=state.error)
 
     def _run(self) -> None:
-        with interfaces.Changes() as changes:
-            while not self._stopping:
-                if changes.wait(_CHECK_INTERVAL_S, [self._wake_read]) and not self._stopping:
-                    time.sleep(_DEBOUNCE_S)  # a new pod is a burst of messages
-                if not self._stopping:
-                    self.reconcile()
+        while not self._stopping:
+            changed = self._changes.wait(self._check_interval_s, [self._wake_read])
+            if changed and not self._stopping:
+                time.sleep(self._debounce_s)
+                self._changes.drain()
+            if not self._stopping and (changed or self._is_due()):
+                self.reconcile()
+
+    def _is_due(self) -> bool:
+        if time.monotonic() >= self._next_look:
+            return True
+        begun = time.thread_time()
+        in_place = self._hooks.in_place() and self._drop.in_place()
+        cost_s = time.thread_time() - begun
+        wanted = max(cost_s / _CHECK_SHARE, _CHECK_INTERVAL_S)
+        self._check_interval_s = min(wanted, _MAX_CHECK_INTERVAL_S)
+        return not in_place and self._patience.spend()

@@ -2,6 +2,7 @@
 """bpf(2) through ctypes: objects, pins, links, maps and test runs. No libbpf, no bcc; what the commands mean is in bpf(2)."""
 
 import ctypes
+import dataclasses
 import errno
 import mmap
 import os
@@ -131,6 +132,38 @@ def tcx_program_ids(ifindex: int, attach_type: int) -> list[int]:
     bpf(PROG_QUERY, attr, f"tcx query of ifindex {ifindex}")
     count = struct.unpack_from("=I", attr, 24)[0]
     return list(ids[:count])
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Program:
+    """A loaded program: a descriptor of ours and its kernel id."""
+
+    fd: int
+    id: int
+
+    @classmethod
+    def open(cls, path: Path) -> "Program":
+        """Open a pinned program. Raises BpfError."""
+        fd = obj_get(path)
+        return cls(fd, program_id(fd))
+
+
+class TcxHead:
+    """Which program runs first on one TCX hook. Made once and asked often: a question costs a microsecond or two."""
+
+    def __init__(self, ifindex: int, attach_type: int) -> None:
+        self._first = ctypes.c_uint32()
+        question = (ifindex, attach_type, 0, 0, ctypes.addressof(self._first), 1)
+        self._question = struct.pack("=IIIIQI", *question).ljust(_ATTR_BYTES, b"\0")
+        self._attr = ctypes.create_string_buffer(_ATTR_BYTES)
+
+    def program_id(self) -> int:
+        """Its kernel id; 0 where nothing is attached or there is no such interface."""
+        self._first.value = 0
+        self._attr.raw = self._question
+        # "no space" says that there are more than the one we want to know
+        _LIBC.syscall(_SYSCALL, PROG_QUERY, self._attr, _ATTR_BYTES)
+        return self._first.value
 
 
 def test_run(program_fd: int, packet: bytes, *, repeat: int = 1) -> tuple[int, bytes, int]:

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compile the datapath with bcc, load it, pin it, exit. The only module that knows bcc; it runs as a process of its own.
 
-Pins: `PIN/<build>/maps/<map>`, `PIN/<build>/programs/<program>`. Attaching is `attach`'s business.
+Pins: `PIN/<build>/maps/<map>`, `PIN/<build>/programs/<program>`. Attaching is `attach`'s business. A build is made and removed under
+another name, `PIN/<build>-partial`: whoever is killed at whatever moment, `PIN/<build>` is whole or not there.
 """
 
 import argparse
+import ctypes
 import dataclasses
 import hashlib
 import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -20,11 +23,15 @@ from hostint_agent import bpf_calls
 
 PROGRAMS = ("ingress", "egress", "drop")
 MAIN_SOURCE = "int_host.c"
+_BUILD = re.compile(r"[0-9a-f]{16}")
+_PARTIAL = "-partial"
+_MAP = re.compile(r"^PINNED_\w+\((\w+),", re.MULTILINE)
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([\w.]+)"\s*$')
 _MAX_RING_RECORDS = 16384
 _MIN_RING_RECORDS = 512
 _RING_RECORDS_TOTAL = 65536
 _LOAD_TIMEOUT_S = 120
+_PR_SET_PDEATHSIG = 1
 
 # bcc rewrites map access by these declarations; ":" and a path behind the type pin the map there
 _PRELUDE = """
@@ -46,6 +53,11 @@ class Source:
     text: str
     defines: tuple[str, ...]
     build: str
+
+    @property
+    def maps(self) -> frozenset[str]:
+        """Names of the maps that it declares."""
+        return frozenset(_MAP.findall(self.text))
 
 
 def default_bpf_dir() -> Path:
@@ -103,9 +115,46 @@ def current(pin_dir: Path, bpf_dir: Path | None = None) -> Path:
     return pin_dir / read_source(bpf_dir or default_bpf_dir()).build
 
 
-def is_loaded(directory: Path) -> bool:
-    """True if `directory` holds every program; they are pinned last, the one after the other."""
-    return all((directory / "programs" / name).exists() for name in PROGRAMS)
+def _is_loaded(directory: Path, source: Source) -> bool:
+    """True if `directory` holds every program and map: somebody may have removed some of them by hand."""
+    return all((directory / "programs" / name).exists() for name in PROGRAMS) and all(
+        (directory / "maps" / name).exists() for name in source.maps
+    )
+
+
+def builds(pin_dir: Path) -> list[Path]:
+    """Directories of pinned programs and maps that are ours: a pin directory may hold what is somebody else's."""
+    if not pin_dir.is_dir():
+        return []
+    return sorted(
+        path for path in pin_dir.iterdir() if _BUILD.fullmatch(path.name) and path.is_dir()
+    )
+
+
+def remove(build: Path) -> None:
+    """Unpin a build. Raises OSError."""
+    remains = _partial(build)
+    shutil.rmtree(remains, ignore_errors=True)
+    build.rename(remains)
+    shutil.rmtree(remains)
+
+
+def remove_remains(pin_dir: Path) -> list[Path]:
+    """Remove what a process that was killed had begun to pin or to unpin; what there was. Raises OSError."""
+    if not pin_dir.is_dir():
+        return []
+    found = [
+        path
+        for path in sorted(pin_dir.iterdir())
+        if path.name.endswith(_PARTIAL) and _BUILD.fullmatch(path.name.removesuffix(_PARTIAL))
+    ]
+    for path in found:
+        shutil.rmtree(path)
+    return found
+
+
+def _partial(build: Path) -> Path:
+    return build.with_name(build.name + _PARTIAL)
 
 
 def load(pin_dir: Path, bpf_dir: Path | None = None) -> Path:
@@ -117,15 +166,21 @@ def load(pin_dir: Path, bpf_dir: Path | None = None) -> Path:
     bpf_dir = bpf_dir or default_bpf_dir()
     source = read_source(bpf_dir)
     directory = pin_dir / source.build
-    if is_loaded(directory):
+    remove_remains(pin_dir)
+    if _is_loaded(directory, source):
         return directory
-    # half of a load that did not end well: nothing is attached to it, and bcc could not take its maps over
-    shutil.rmtree(directory, ignore_errors=True)
+    if directory.exists():
+        remove(directory)  # bcc could not take its maps over
     command = [sys.executable, "-m", "hostint_agent.loader"]
-    command += ["--pin-dir", str(pin_dir), "--bpf-dir", str(bpf_dir)]
+    command += ["--pin-dir", str(pin_dir), "--bpf-dir", str(bpf_dir), "--parent", str(os.getpid())]
     try:
         child = subprocess.run(  # noqa: S603 (our own module, our own arguments)
-            command, capture_output=True, text=True, timeout=_LOAD_TIMEOUT_S, check=False
+            command,
+            capture_output=True,
+            text=True,
+            timeout=_LOAD_TIMEOUT_S,
+            check=False,
+            close_fds=False,  # it takes part in the lock of the pin directory
         )
     except subprocess.TimeoutExpired as error:
         raise LoadError(f"the loader did not finish within {_LOAD_TIMEOUT_S} s") from error
@@ -148,15 +203,24 @@ def compile_and_pin(pin_dir: Path, bpf_dir: Path) -> None:
 
     source = read_source(bpf_dir)
     directory = pin_dir / source.build
-    maps, programs = directory / "maps", directory / "programs"
-    maps.mkdir(parents=True, exist_ok=True)
-    programs.mkdir(parents=True, exist_ok=True)
+    maps, programs = _partial(directory) / "maps", _partial(directory) / "programs"
+    maps.mkdir(parents=True)
+    programs.mkdir()
     flags = [*source.defines, f'-DPIN_MAPS="{maps}/"', "-Wno-everything", *_header_flags(bpf_dir)]
     module = bcc.BPF(text=_PRELUDE + source.text, cflags=flags)
     kinds = {"drop": bcc.BPF.RAW_TRACEPOINT}
     for name in PROGRAMS:
         function = module.load_func(name, kinds.get(name, bcc.BPF.SCHED_CLS))
         bpf_calls.obj_pin(function.fd, programs / name)
+    _partial(directory).rename(directory)
+
+
+def _die_with(parent: int) -> None:
+    """Have the kernel kill us when the process that wants to know ends: nobody would take up what we pin."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        sys.exit("the process that started the loader is gone")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -164,7 +228,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="hostint-agent-loader", description=__doc__)
     parser.add_argument("--pin-dir", type=Path, required=True)
     parser.add_argument("--bpf-dir", type=Path, required=True)
+    parser.add_argument("--parent", type=int, required=True)
     options = parser.parse_args(arguments)
+    _die_with(options.parent)
     try:
         compile_and_pin(options.pin_dir, options.bpf_dir)
     except Exception as error:  # noqa: BLE001 (bcc raises bare Exception)

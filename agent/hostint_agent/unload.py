@@ -3,24 +3,12 @@
 
 import contextlib
 import re
-import shutil
+import socket
 from pathlib import Path
 
-import pyroute2
+from hostint_agent import attach, clsact, loader
 
-from hostint_agent import attach
-
-_BUILD = re.compile(r"[0-9a-f]{16}")
 _LINK = re.compile(rf"tcx-\d+-(ingress|egress)|{attach.DROP_TRACEPOINT}")
-
-
-def builds(pin_dir: Path) -> list[Path]:
-    """Directories of pinned programs and maps that are ours: a pin directory may hold what is somebody else's."""
-    if not pin_dir.is_dir():
-        return []
-    return sorted(
-        path for path in pin_dir.iterdir() if _BUILD.fullmatch(path.name) and path.is_dir()
-    )
 
 
 def unload(pin_dir: Path) -> list[str]:
@@ -33,19 +21,24 @@ def unload(pin_dir: Path) -> list[str]:
             pin.unlink()
             removed.append(f"link {pin.name}")
         _remove_empty(links)
-    with pyroute2.IPRoute() as netlink:
-        for message in netlink.get_links():
-            name = message.get_attr("IFLA_IFNAME")
-            directions = attach.remove_filters(netlink, message["index"])
-            removed += [f"filter on {name} {direction}" for direction in directions]
-    for build in builds(pin_dir):
+    for ifindex, direction in clsact.remove_all():
+        removed.append(f"filter on {_name(ifindex)} {direction}")
+    for build in loader.builds(pin_dir):
         for kind in ("programs", "maps"):
             pins = sorted((build / kind).iterdir()) if (build / kind).is_dir() else []
             removed += [f"{kind[:-1]} {pin.name}" for pin in pins]
-        shutil.rmtree(build)
+        loader.remove(build)
+    removed += [f"remains {path.name}" for path in loader.remove_remains(pin_dir)]
     if pin_dir.is_dir():
         _remove_empty(pin_dir)
     return removed
+
+
+def _name(ifindex: int) -> str:
+    try:
+        return socket.if_indextoname(ifindex)
+    except OSError:
+        return f"interface {ifindex}"
 
 
 def _remove_empty(directory: Path) -> None:

@@ -2,10 +2,12 @@
 """Which interfaces are watched: pods and uplinks, nothing that carries other devices' packets."""
 
 import dataclasses
+import socket
+import struct
 
-from hostint_agent import interfaces
+from hostint_agent import interfaces, netlink
 
-LOOPBACK = interfaces.Link(1, "lo", None, True, True, False, None)
+LOOPBACK = interfaces.Link(1, "lo", None, False, True, False, None)
 NIC = interfaces.Link(2, "eth0", None, True, False, False, None)
 POD = interfaces.Link(10, "veth1a2b", "veth", True, False, True, None)
 BRIDGE = interfaces.Link(20, "cni0", "bridge", True, False, False, None)
@@ -64,8 +66,11 @@ def test_a_bridged_uplink_is_watched_at_its_physical_port():
     }
 
 
-def test_an_interface_that_is_down_is_not_watched():
-    assert chosen(dataclasses.replace(POD, is_up=False)) == {}
+def test_a_device_without_ethernet_headers_is_not_watched_whatever_it_carries_or_is_called():
+    tunnel = interfaces.Link(30, "wg0", "wireguard", False, False, False, None)
+    facts = {"addresses": {30: ("10.9.0.1",)}, "default_route": [30]}
+    assert chosen(tunnel, patterns=interfaces.Patterns(include=("wg*",)), **facts) == {}
+    assert chosen(dataclasses.replace(tunnel, is_ethernet=True), **facts) == {"wg0": "uplink"}
 
 
 def test_exclude_wins_over_everything():
@@ -77,3 +82,21 @@ def test_include_adds_what_detection_leaves_out():
     assert chosen(LOCAL_PAIR, patterns=interfaces.Patterns(include=("veth-*",))) == {
         "veth-in": "uplink"
     }
+
+
+def route_message(kind: int, length: int) -> bytes:
+    body = struct.pack("=BBBBBBBBI", socket.AF_INET, length, 0, 0, 254, 0, 0, 1, 0)
+    return struct.pack("=IHHII", 16 + len(body), kind, 0, 0, 0) + body
+
+
+def test_only_default_routes_are_a_reason_to_look_again():
+    """A router daemon changes thousands of the others."""
+    other = route_message(netlink.RTM_NEWROUTE, 24) + route_message(netlink.RTM_DELROUTE, 32)
+    assert not interfaces._matters(other)
+    assert interfaces._matters(route_message(netlink.RTM_DELROUTE, 0))
+    assert interfaces._matters(other + route_message(netlink.RTM_NEWROUTE, 0))
+
+
+def test_every_other_message_is_a_reason_to_look_again():
+    assert interfaces._matters(route_message(netlink.RTM_NEWLINK, 24))
+    assert interfaces._matters(b"what nobody understands")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from hostint_agent import unload
+from hostint_agent import loader
 from tests.agent.test_standalone import COLLECTOR, files, watchlist
 
 COMMAND = [sys.executable, "-m", "hostint_agent"]
@@ -29,7 +29,7 @@ def pin_dir() -> Iterator[Path]:
     directory = Path(f"/sys/fs/bpf/hostint-main-{os.getpid()}-{time.monotonic_ns()}")
     yield directory
     # the pins are all that holds the namespace's programs
-    for path in (directory / "links", *unload.builds(directory), directory):
+    for path in (directory / "links", *loader.builds(directory), directory):
         shutil.rmtree(path, ignore_errors=True)
 
 
