@@ -65,6 +65,7 @@ class Agent:
         self._refusal: str | None = None
         self._config_errors = 0
         self._program = node_rules.build(NodeConfigSpec(node_id=0))
+        self._compiler = classifier.Compiler()
         self._names = kernel.drop_reason_names()
 
     def start(self) -> None:
@@ -128,8 +129,10 @@ class Agent:
     def _commit(self, wanted: Wanted) -> None:
         before = self._program
         spec = wanted.spec or NodeConfigSpec(node_id=0)
-        program = node_rules.build(spec, before.watchlist_indexes, before.collector_indexes)
-        image = classifier.compile_rules(program.rules)
+        program = node_rules.build(
+            spec, before.watchlist_indexes, before.collector_indexes, before.made
+        )
+        image = self._compiler.compile(program.rules)
         self._counters.reset(program.fresh_watchlists)
         if wanted.spec:
             self._config.set_node_id(spec.node_id)
