@@ -87,6 +87,11 @@ def program_verified_instructions(fd: int) -> int:
     return int(struct.unpack_from("=I", _info(fd, 232), 216)[0])
 
 
+def program_recursion_misses(fd: int) -> int:
+    """Runs the kernel left out because the program already ran on that CPU (struct bpf_prog_info.recursion_misses)."""
+    return int(struct.unpack_from("=Q", _info(fd, 232), 208)[0])
+
+
 def program_name(prog_id: int) -> str:
     """Name of a loaded program by its kernel id."""
     fd = bpf(PROG_GET_FD_BY_ID, struct.pack("=I", prog_id), f"program {prog_id}")

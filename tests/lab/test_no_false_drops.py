@@ -24,7 +24,7 @@ from hostint_agent import bpf_types, classifier, kernel, loader
 from tests.lab import datapath as datapaths
 from tests.lab import deaths, traffic
 from tests.lab.deaths import PORT, Stage
-from tests.lab.namespace import Namespace
+from tests.lab.delivery import Delivery
 from tests.lab.topology import Mode, Pod
 
 pytestmark = pytest.mark.lab
@@ -35,12 +35,8 @@ TCP_BYTES = 100_000_000
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The sender and its receivers, see delivery.c."""
-    output = tmp_path_factory.mktemp("delivery") / "delivery"
-    source = Path(__file__).with_name("delivery.c")
-    subprocess.run(["gcc", "-O2", "-Wall", "-Werror", "-o", output, source], check=True)
-    return output
+def delivery(tmp_path_factory: pytest.TempPathFactory) -> Delivery:
+    return Delivery(tmp_path_factory.mktemp("delivery"))
 
 
 def watch(stage: Stage) -> None:
@@ -52,18 +48,6 @@ def watch(stage: Stage) -> None:
         classifier.Rule(3, 1, report, protocol=6, source_ports=port),
     ]
     stage.datapath.watch(rules, {1: datapaths.policy(interval_ns=_HOUR_NS)})
-
-
-@contextlib.contextmanager
-def wasting(stage: Stage, program: Path) -> Iterator[None]:
-    """Let unwatched packets of the node die meanwhile: for a closed port, and (a reason of queues) for t0."""
-    command = [program, "waste", stage.host.path, "127.0.0.1", WASTE]
-    process = subprocess.Popen(command)
-    try:
-        yield
-    finally:
-        process.kill()
-        process.wait()
 
 
 @contextlib.contextmanager
@@ -100,27 +84,6 @@ def bridged() -> Iterator[Stage]:
         yield stage
 
 
-def deliver(
-    program: Path,
-    sender: Namespace,
-    address: str,
-    count: int,
-    receivers: list[Namespace],
-    *options: str,
-    size: int = 64,
-) -> list[int]:
-    """Send datagrams; how many each socket of the receivers got."""
-    places = ",".join(str(receiver.path) for receiver in receivers)
-    command = [program, "send", sender.path, address, PORT, count, size, places, *options]
-    done = subprocess.run(
-        [str(word) for word in command], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    sent, *received = (int(word) for word in done.stdout.split())
-    assert sent == count
-    return received
-
-
 @dataclass
 class Verdicts:
     """What changed while packets were delivered: counters, drops by the kernel's name, drop reports."""
@@ -131,13 +94,16 @@ class Verdicts:
 
 
 @contextlib.contextmanager
-def judged(stage: Stage, program: Path) -> Iterator[Verdicts]:
-    """What the datapath says of the packets that the block delivers, while others die."""
+def judged(stage: Stage, delivery: Delivery) -> Iterator[Verdicts]:
+    """What the datapath says of the packets that the block delivers, while others of the node die.
+
+    Those are unwatched: for a closed port, and for t0 (a reason that is believed even of packets that have left).
+    """
     names, counters = kernel.drop_reason_names(), stage.datapath.counters
     found = Verdicts()
     stage.datapath.drain()
     reasons, before = counters.drops(names), counters.watchlist(1)
-    with wasting(stage, program):
+    with delivery.wasting(stage.host, "127.0.0.1", WASTE):
         yield found
         after = counters.watchlist(1)
     found.counters = {name: after[name] - before[name] for name in before}
@@ -147,9 +113,9 @@ def judged(stage: Stage, program: Path) -> Iterator[Verdicts]:
 
 
 @contextlib.contextmanager
-def no_drop(stage: Stage, program: Path) -> Iterator[Verdicts]:
+def no_drop(stage: Stage, delivery: Delivery) -> Iterator[Verdicts]:
     """Nothing that the block delivers is called dropped."""
-    with judged(stage, program) as found:
+    with judged(stage, delivery) as found:
         yield found
     assert (found.reports, found.reasons) == ([], {})
     assert (found.counters["dropped"], found.counters["dropped_late"]) == (0, 0)
@@ -167,10 +133,10 @@ class Way:
     sockets: int = 1
     options: tuple[str, ...] = ()
 
-    def deliver(self, stage: Stage, program: Path) -> None:
+    def deliver(self, stage: Stage, delivery: Delivery) -> None:
         address = GROUP if self.name == "group" else place(stage, self.receiver)[self.version]
         sender, receiver = place(stage, self.sender)[0], place(stage, self.receiver)[0]
-        received = deliver(program, sender, address, self.count, [receiver], *self.options)
+        received = delivery.send(sender, (address, PORT), self.count, [receiver], *self.options)
         assert received == [self.count] * self.sockets
 
 
@@ -205,9 +171,9 @@ def named(ways: list[Way]) -> pytest.MarkDecorator:
 
 
 @named(WAYS)
-def test_no_datagram_that_was_delivered_is_called_dropped(routed, program, way):
-    with no_drop(routed, program) as found:
-        way.deliver(routed, program)
+def test_no_datagram_that_was_delivered_is_called_dropped(routed, delivery, way):
+    with no_drop(routed, delivery) as found:
+        way.deliver(routed, delivery)
     if "gso=20" not in way.options:
         assert found.counters["watched"] == way.count
 
@@ -217,17 +183,17 @@ def test_these_are_a_million():
 
 
 @named(BRIDGED_WAYS)
-def test_no_datagram_through_a_bridge_is_called_dropped(bridged, program, way):
-    with no_drop(bridged, program) as found:
-        way.deliver(bridged, program)
+def test_no_datagram_through_a_bridge_is_called_dropped(bridged, delivery, way):
+    with no_drop(bridged, delivery) as found:
+        way.deliver(bridged, delivery)
     assert found.counters["watched"] == way.count
 
 
-def test_a_broadcast_that_a_bridge_floods_is_not_called_dropped(bridged, program):
+def test_a_broadcast_that_a_bridge_floods_is_not_called_dropped(bridged, delivery):
     """The host and the pod beside both get every one."""
     receivers = [bridged.host, bridged.server.namespace]
-    with no_drop(bridged, program) as found:
-        received = deliver(program, bridged.client.namespace, BROADCAST, 20_000, receivers)
+    with no_drop(bridged, delivery) as found:
+        received = delivery.send(bridged.client.namespace, (BROADCAST, PORT), 20_000, receivers)
     assert received == [20_000] * 2
     assert found.counters["watched"] == 20_000
 
@@ -317,15 +283,15 @@ def lossy(pod: Pod, hook: str, percent: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("version", [4, 6])
 @pytest.mark.parametrize(("source", "target"), [("client", "far"), ("host", "far")])
-def test_no_segment_that_was_delivered_is_called_dropped(routed, program, source, target, version):
-    with no_drop(routed, program), connection(routed, source, target, version) as ends:
+def test_no_segment_that_was_delivered_is_called_dropped(routed, delivery, source, target, version):
+    with no_drop(routed, delivery), connection(routed, source, target, version) as ends:
         assert transfer(*ends, TCP_BYTES) == TCP_BYTES
 
 
 @pytest.mark.parametrize("version", [4, 6])
-def test_of_what_the_host_received_only_repetitions_are_called_dropped(routed, program, version):
+def test_of_what_the_host_received_only_repetitions_are_called_dropped(routed, delivery, version):
     """The kernel frees a segment as dropped when its bytes had come before; such a segment is counted, not reported."""
-    with judged(routed, program) as found, connection(routed, "client", "host", version) as ends:
+    with judged(routed, delivery) as found, connection(routed, "client", "host", version) as ends:
         assert transfer(*ends, TCP_BYTES) == TCP_BYTES
     assert found.reports == []
     assert set(found.reasons) <= AGAIN
@@ -333,10 +299,10 @@ def test_of_what_the_host_received_only_repetitions_are_called_dropped(routed, p
 
 @pytest.mark.parametrize("hook", ["input", "output"])
 @pytest.mark.parametrize("source", ["client", "host"])
-def test_what_is_sent_again_is_not_called_dropped(routed, program, source, hook):
+def test_what_is_sent_again_is_not_called_dropped(routed, delivery, source, hook):
     """The copies that wait in the sender's queue until they are acknowledged are clones of what went out."""
     first, total = 1000, 2_000_000
-    with no_drop(routed, program), connection(routed, source, "far") as (client, accepted):
+    with no_drop(routed, delivery), connection(routed, source, "far") as (client, accepted):
         with lossy(routed.far, hook, 100):
             client.sendall(bytes(first))
             wait_until(lambda: retransmissions(client) >= 2, "data is sent again")
@@ -405,7 +371,7 @@ def test_a_connection_that_ends_with_unread_data_is_not_called_dropped(silent, k
 # -- without the proof --
 
 
-def test_without_the_proof_the_dead_would_be_taken_for_the_living(program, tmp_path):
+def test_without_the_proof_the_dead_would_be_taken_for_the_living(delivery, tmp_path):
     """The same traffic; the drop program believes every address. So the tests above can fail."""
     sources = tmp_path / "bpf"
     shutil.copytree(loader.default_bpf_dir(), sources)
@@ -413,9 +379,9 @@ def test_without_the_proof_the_dead_would_be_taken_for_the_living(program, tmp_p
     proof = "proof = proof_of(slot, dead.tc_index, dead.iif);"
     assert text.count(proof) == 1
     (sources / "drop.h").write_text(text.replace(proof, "proof = PROOF_TAG;"))
-    with crowded("routed", sources) as stage, judged(stage, program) as found:
+    with crowded("routed", sources) as stage, judged(stage, delivery) as found:
         for way in (Way("to-host", 30_000, "client", "host"), Way("on", 30_000, "client", "far")):
-            way.deliver(stage, program)
+            way.deliver(stage, delivery)
     assert found.counters["dropped_late"] > 0
     assert found.reports != []
     assert "NO_SOCKET" in found.reasons
