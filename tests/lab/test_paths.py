@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whatever way a packet takes through a node: what is watched is matched from ingress to egress, and nothing is made up.
+
+Ground truth is in truth.py, the ways are in paths/table.py. HOSTINT_PATH_PACKETS packets of each kind come in on each way in
+each IP version, half of them with all flows watched.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hostint_agent import loader
+from tests.lab.paths import bench, table, traffic
+
+pytestmark = pytest.mark.lab
+PACKETS = int(os.environ.get("HOSTINT_PATH_PACKETS", "100000"))
+# of the flows in per cent: the share of the packets
+SHARES = {100: 0.5, 25: 0.25, 1: 0.25}
+# a slot is one of 65,536: now and then another packet takes it while its packet is inside the node
+MISSED_SHARE, MISSED_ALWAYS = 0.0001, 2
+# of the packets of a run, and always, where a tag can be another packet's by chance
+MISTAKEN_SHARE, MISTAKEN_ALWAYS = 1 / 20000, 3
+# acknowledgements, background, and what is sent until the senders know that it is enough
+RECORDS_PER_CPU = 200_000 + 6 * PACKETS
+BUILD = Path(__file__).parents[2] / "build"
+COLUMNS = ("packets", "watched", "matched", "false", "unverified", "unresolved")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One test of the matrix."""
+
+    path: table.Path
+    version: int
+    name: str
+    kind: traffic.Kind
+    percent: int
+
+    @property
+    def target(self) -> int:
+        return int(PACKETS * SHARES[self.percent])
+
+    @property
+    def id(self) -> str:
+        return f"{self.path.name}-ipv{self.version}-{self.name}-{self.percent}pct"
+
+
+RUNS = [
+    Run(path, version, name, kind, percent)
+    for path in table.PATHS
+    for version in (4, 6)
+    for name, kind in path.kinds
+    for percent in SHARES
+]
+
+
+@pytest.fixture(scope="module")
+def lab_bench(tmp_path_factory) -> Iterator[bench.Bench]:
+    made = bench.Bench(tmp_path_factory.mktemp("paths"), RECORDS_PER_CPU)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def stage(request, lab_bench) -> Iterator[bench.Stage]:
+    with lab_bench.stage(request.param) as built:
+        yield built
+
+
+@pytest.fixture(scope="module")
+def talking(request, stage) -> Iterator[traffic.Traffic]:
+    with stage.talking(request.param) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def rows(pytestconfig) -> Iterator[list[dict]]:
+    """What was found, for people: a table at the end, and build/paths.json."""
+    found: list[dict] = []
+    yield found
+    BUILD.mkdir(exist_ok=True)
+    (BUILD / "paths.json").write_text(json.dumps(found, indent=1))
+    capture = pytestconfig.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled():
+        print("\n" + _table(found))
+
+
+def _table(rows: list[dict]) -> str:
+    """One line for each way, IP version and kind, all shares together."""
+    sums: dict[tuple, dict[str, int]] = {}
+    for row in rows:
+        line = sums.setdefault(
+            (row["path"], row["version"], row["kind"]), dict.fromkeys(COLUMNS, 0)
+        )
+        for column in COLUMNS:
+            line[column] += row[column]
+    lines = [f"{'path':24}{'':6}{'':6}" + "".join(f"{column:>11}" for column in COLUMNS)]
+    for (path, version, kind), line in sums.items():
+        line["matched"] = f"{100 * line['matched'] / max(line['watched'], 1):.3f}%"
+        cells = "".join(f"{line[column]:>11}" for column in COLUMNS)
+        lines.append(f"{path:24}{f'IPv{version}':6}{kind:6}{cells}")
+    return "\n".join(lines)
+
+
+def _row(run: Run, result: bench.Result) -> dict:
+    found = result.judgement
+    ways = [way for way in found.due if way in run.path.claims]
+    return {
+        "path": run.path.name,
+        "version": run.version,
+        "kind": run.name,
+        "percent": run.percent,
+        "packets": found.packets,
+        "watched": sum(found.due[way] for way in ways),
+        "matched": sum(found.matched[way] for way in ways),
+        "false": found.false_reports,
+        "tolerated": sum(found.false[reason] for reason in run.path.tolerates),
+        "unverified": result.counted["unverified"],
+        "unresolved": result.counted["unresolved"] + result.counted["pending"],
+        "by way": {way: [found.matched[way], found.due[way]] for way in ways},
+    }
+
+
+@pytest.mark.parametrize(
+    ("run", "stage", "talking"),
+    [pytest.param(run, run.path, run.version, id=run.id) for run in RUNS],
+    indirect=["stage", "talking"],
+)
+def test_nothing_watched_is_missed_and_nothing_is_made_up(run, stage, talking, rows):
+    result = stage.run(talking, run.kind, run.version, run.percent, run.target)
+    rows.append(_row(run, result))
+    _assert_nothing_made_up(run, result)
+    _assert_claims(run, result)
+    _assert_counts(result)
+
+
+def _assert_nothing_made_up(run: Run, result: bench.Result) -> None:
+    found = result.judgement
+    if (run.version, run.name) in run.path.mistakes:
+        assert found.false_reports <= MISTAKEN_ALWAYS + MISTAKEN_SHARE * found.packets
+    else:
+        assert {r: n for r, n in found.false.items() if n and r not in run.path.tolerates} == {}
+
+
+def _assert_claims(run: Run, result: bench.Result) -> None:
+    found = result.judgement
+    assert found.packets >= run.target
+    for way, due in found.due.items():
+        missed = due - found.matched[way]
+        if way == "arrived":
+            missed -= result.counted["dropped"]  # no socket took it, which is told in its own way
+        claim = run.path.claim(way, run.version, run.name)
+        if claim == table.ALL:
+            assert due
+            assert missed <= max(MISSED_ALWAYS, MISSED_SHARE * due), (way, due)
+        elif claim == table.NONE:
+            assert due
+            assert found.matched[way] == 0
+
+
+def _assert_counts(result: bench.Result) -> None:
+    """What was watched is what was in a rule, and each of it has one outcome; none was lost for want of room."""
+    found, counted = result.judgement, result.counted
+    assert counted["ring_full"] == 0
+    assert found.watched <= counted["watched"] <= found.watched + counted["suppressed"]
+    for identity in result.identities:
+        assert identity.watched_difference == 0
+        assert identity.drops_difference == 0
+
+
+def _without_proof(tmp_path: Path) -> Path:
+    """The programs as they would be if a packet's address were proof enough."""
+    copied = Path(shutil.copytree(loader.default_bpf_dir(), tmp_path / "bpf"))
+    slot = copied / "slot.h"
+    text = slot.read_text()
+    asks = "\tif (tc_index == slot->tag)\n\t\treturn PROOF_TAG;\n"
+    assert text.count(asks) == 1
+    slot.write_text(text.replace(asks, "\treturn PROOF_TAG;\n"))
+    return copied
+
+
+def test_an_address_alone_would_make_up_thousands(tmp_path):
+    routed = next(path for path in table.PATHS if path.name == "routed")
+    made = bench.Bench(tmp_path, RECORDS_PER_CPU, _without_proof(tmp_path))
+    try:
+        with made.stage(routed) as stage, stage.talking(4) as talking:
+            result = stage.run(talking, traffic.UDP, 4, 25, PACKETS)
+    finally:
+        made.close()
+    assert result.judgement.false["another arrival"] > PACKETS / 100
