@@ -2,7 +2,8 @@
 """Drop reasons: INT codes and their names, and which code each kernel reason gets. Pure data.
 
 Codes up to 115 are the numbering of switch.p4-16, which INT switches and their collectors use; 180-184 are those of
-int-host-reporter; 192-214 are ours, for what only a host knows; 255 is a kernel reason this table does not know.
+int-host-reporter; 192-215 are ours, for what only a host knows; 255 is a kernel reason this table does not know.
+docs/drop-reasons.md is the same for people.
 """
 
 from dataclasses import dataclass

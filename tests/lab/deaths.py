@@ -19,7 +19,7 @@ from pathlib import Path
 from hostint_agent import bpf_calls, bpf_types, classifier, kernel
 from hostint_report import inner, v05
 from tests.lab import datapath as datapaths
-from tests.lab import raw_packets
+from tests.lab import raw_packets, traffic
 from tests.lab.namespace import Namespace, ip
 from tests.lab.topology import Lab, Mode, Node, Pod
 
@@ -90,6 +90,10 @@ class Stage:
     def fresh_port(self) -> int:
         """A source port that no flow had."""
         return next(self._ports)
+
+    def send(self, source: Namespace, address: str, count: int = 1) -> None:
+        """Datagrams of a flow that there was none of yet: a known one would not be reported again."""
+        traffic.send_udp(source, address, PORT, count=count, source_port=self.fresh_port())
 
     def watch(self, snap_length: int = bpf_types.SNAP_BYTES) -> None:
         """Watch what goes to PORT; one drop report an hour for a flow and reason."""

@@ -57,7 +57,7 @@ def test_a_packet_without_an_ethernet_header_gets_one_of_zeros(stage, snap_lengt
         stage.commands((f"ip -{version} route add {target} dev t0", "")),
     ):
         traffic.send_udp(stage.client.namespace, target, PORT + 1, count=4)
-        send = lambda: traffic.send_udp(stage.client.namespace, target, PORT)  # noqa: E731
+        send = lambda: stage.send(stage.client.namespace, target)  # noqa: E731
         outcome = stage.outcome(send, 1)
     assert outcome.reasons == {"FULL_RING": 1}
     (report,) = outcome.reports
@@ -114,7 +114,7 @@ def test_a_translated_packet_that_is_watched_either_way_is_reported_as_it_died(s
             "nft", f"add rule {table} testnat pre {table} daddr {service} dnat to {target}"
         )
         with stage.nft("hook forward priority 0", f"udp dport {PORT} drop"):
-            send = lambda: traffic.send_udp(stage.client.namespace, service, PORT)  # noqa: E731
+            send = lambda: stage.send(stage.client.namespace, service)  # noqa: E731
             outcome = stage.outcome(send, 1)
     finally:
         stage.host.run("nft", f"delete table {table} testnat")

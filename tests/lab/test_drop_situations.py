@@ -62,6 +62,7 @@ def datagrams(
             sender.setsockopt(level, _IPV6_MTU_DISCOVER if six else _IP_MTU_DISCOVER, _PROBE)
             if ttl is not None:
                 sender.setsockopt(level, socket.IPV6_UNICAST_HOPS if six else socket.IP_TTL, ttl)
+            sender.bind(("::" if six else "0.0.0.0", stage.fresh_port()))
             for number in range(count):
                 sender.sendto(traffic.payload(number, size), (to(stage, version, place), PORT))
 
@@ -406,7 +407,7 @@ def test_a_full_queue_behind_our_egress_hook(bridged, kind, version):
 @pytest.mark.parametrize("version", [4, 6])
 def test_what_the_host_itself_sends_dies_in_a_full_queue(bridged, version):
     with bridged.queue("eth0", SHAPER) as dropped:
-        send = lambda: traffic.send_udp(bridged.host, bridged.far.ip(version), PORT, count=60)  # noqa: E731
+        send = lambda: bridged.send(bridged.host, bridged.far.ip(version), 60)  # noqa: E731
         outcome = bridged.outcome(send, dropped)
         report = is_full_queue(bridged, outcome, dropped())
     assert report.ingress_port == 0
@@ -418,7 +419,7 @@ def test_what_the_output_firewall_refuses_never_reached_an_interface(bridged, ve
 
     def send() -> None:
         with pytest.raises(PermissionError):
-            traffic.send_udp(bridged.host, bridged.far.ip(version), PORT)
+            bridged.send(bridged.host, bridged.far.ip(version))
 
     rule = f"udp dport {PORT} counter drop"
     with bridged.nft("hook output priority 0", rule) as refused:
@@ -452,7 +453,7 @@ def test_what_a_queue_still_held_when_it_was_taken_away_is_not_reported(bridged)
 )
 def test_a_tunnel_that_leads_nowhere(bridged, fdb, reason, code):
     with bridged.vxlan(4, *fdb) as target:
-        send = lambda: traffic.send_udp(bridged.client.namespace, target, PORT, count=COUNT)  # noqa: E731
+        send = lambda: bridged.send(bridged.client.namespace, target, COUNT)  # noqa: E731
         outcome = bridged.outcome(send, COUNT)
     assert outcome.reasons == {reason: COUNT}
     (report,) = outcome.reports
@@ -464,7 +465,7 @@ def test_an_ipv6_packet_that_a_tunnel_copies_is_not_followed_but_counted(bridged
     """The kernel makes room for the outer headers in a clone; what dies is not what came in."""
     with bridged.vxlan(6) as target:
         before = bridged.datapath.identity()
-        send = lambda: traffic.send_udp(bridged.client.namespace, target, PORT, count=COUNT)  # noqa: E731
+        send = lambda: bridged.send(bridged.client.namespace, target, COUNT)  # noqa: E731
         outcome = bridged.outcome(send, 0, timeout_s=0.3)
         after = bridged.datapath.identity()
     assert (outcome.reasons, outcome.reports, outcome.counters["watched"]) == ({}, [], COUNT)
