@@ -364,9 +364,8 @@ class Hash6:
         """Put a prefix in, or take it out, and put anew those that could lie elsewhere then."""
         keys = {key}
         run: list[int] = []
+        # buckets before its home do not depend on it
         start = _home(key)
-        while (start - 1) % _NR_BUCKETS6 in self._overflowed and start > _home(key) - _NR_BUCKETS6:
-            start -= 1
         while not run or (run[-1] in self._overflowed and len(run) < _NR_BUCKETS6):
             run += self._run(run[-1] + 1 if run else start)
             for number in run:

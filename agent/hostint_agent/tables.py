@@ -79,11 +79,10 @@ class Tables:
             "policies": (_array(policies, bpf_types.Policy, bpf_types.MAX_WATCHLISTS),),
             "collectors": (_array(collectors, bpf_types.Collector, bpf_types.MAX_COLLECTORS),),
         }
-        self._readers_left.result()
-        held, self._held[side] = (
-            self._held[side],
-            {},
-        )  # what fails half-way is written whole next time
+        self._wait()
+        # what fails half-way is written whole the next time
+        held = self._held[side]
+        self._held[side] = {}
         self.written_bytes = sum(
             self._write(name, side, blocks, held.get(name, ())) for name, blocks in wanted.items()
         )
@@ -92,6 +91,14 @@ class Tables:
         self._left_at = generation
         self._readers_left = self._background.submit(wait_for_readers)
         return generation
+
+    def _wait(self) -> None:
+        """Return when no program reads the side that is not live. Raises OSError, and tries again the next time."""
+        try:
+            self._readers_left.result()
+        except OSError:
+            self._readers_left = self._background.submit(wait_for_readers)
+            raise
 
     def _write(self, name: str, side: int, blocks: Blocks, held: Blocks) -> int:
         """Write what differs from what the side holds; how many bytes that were."""

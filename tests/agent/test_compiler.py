@@ -204,7 +204,9 @@ def test_rules_lie_dense_where_the_room_between_them_is_needed(monkeypatch):
 def test_ipv6_prefixes_lie_as_if_all_had_come_in_order_whatever_came_and_went(monkeypatch):
     monkeypatch.setattr(address_tables, "_NR_BUCKETS6", 64)
     world = reference_classifier.World(3)
-    hosts = sorted({str(world.address(6)) for _ in range(150)})
+    hosts = sorted({str(world.address(6)) for _ in range(130)})
+    # alone under their top 16 bits
+    hosts += [f"{number:x}::1" for number in range(0x3000, 0x3014)]
 
     def table(compiler: classifier.Compiler, rules: list[classifier.Rule]):
         image = compiled(compiler, rules)
@@ -217,10 +219,12 @@ def test_ipv6_prefixes_lie_as_if_all_had_come_in_order_whatever_came_and_went(mo
     compiler, outcomes = classifier.Compiler(), set()
     for _ in range(200):
         kept = world.sample(hosts, (30, 90))
-        rules = [rule(1, sources=nets("fd00::/16")), rule(2, sources=nets(*kept))]
-        fresh = table(classifier.Compiler(), rules)
-        assert table(compiler, rules) == fresh
-        outcomes.add(type(fresh))
+        # others come, some stay, some go; then some go and none comes
+        for named in (kept, world.sample(kept, (20, 29))):
+            rules = [rule(1, sources=nets("fd00::/16")), rule(2, sources=nets(*named))]
+            fresh = table(classifier.Compiler(), rules)
+            assert table(compiler, rules) == fresh
+            outcomes.add(type(fresh))
     assert outcomes == {str, tuple}
 
 

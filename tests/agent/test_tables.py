@@ -293,6 +293,25 @@ def test_tables_larger_than_a_side_are_refused_and_nothing_is_live(probe):
     assert probe.tables.generation == generation
 
 
+def test_a_wait_that_failed_is_made_again(probe, judge, monkeypatch):
+    outcomes = [OSError(12, "no memory"), None]
+
+    def wait() -> None:
+        outcome = outcomes.pop(0) if outcomes else None
+        if outcome:
+            raise outcome
+
+    monkeypatch.setattr(tables, "wait_for_readers", wait)
+    writer = tables.Tables(probe.maps)
+    rules = reference_classifier.World(4).rules(20)
+    image = classifier.compile_rules(rules)
+    with pytest.raises(OSError, match="no memory"):
+        writer.commit(image, {}, {})
+    assert len(outcomes) < 2
+    writer.commit(image, {}, {})
+    judge.judge(rules, 4, 2500)
+
+
 def test_nothing_is_written_before_programs_that_began_before_the_flip_have_ended(
     probe, monkeypatch
 ):
