@@ -300,9 +300,9 @@ static __always_inline __u32 intersect_cached(__u32 side, const struct classifie
 
 	if (!cached)
 		return 0;
-	if (cached->way[0].classes == classes && cached->way[0].generation == tables->generation)
+	if (likely(cached->way[0].classes == classes && cached->way[0].generation == tables->generation))
 		return cached->way[0].rule;
-	if (cached->way[1].classes == classes && cached->way[1].generation == tables->generation)
+	if (likely(cached->way[1].classes == classes && cached->way[1].generation == tables->generation))
 		return cached->way[1].rule;
 	rule = intersect(side, tables, scratch);
 	cached->way[1] = cached->way[0];

@@ -208,16 +208,18 @@ static __always_inline __u16 judge_death(struct scratch *scratch, __u16 watched_
 	return verdict.action == ACTION_REPORT ? verdict.watchlist : 0;
 }
 
-/* A packet that has the address of a watched one was freed as dropped; `owner` is the word of its slot. */
-static __always_inline void observe_drop(struct slot *slot, __u64 address, __u64 owner, __u32 kernel_reason)
+/* A packet that has the address of a watched one was freed as dropped; its tag says in which slot to look. */
+static __always_inline void observe_drop(__u64 address, __u32 kernel_reason)
 {
 	const struct config *config = current_config();
 	struct scratch *scratch = scratch_of(SCRATCH_DROP);
 	__u32 index = reason_index(kernel_reason), side = side_of(live_generation()), ifindex = 0;
 	const struct drop_reason *reason = drop_reasons.lookup(&index);
-	__u16 watched_for = owner_watchlist(owner), watchlist;
-	enum slot_state state = owner_state(owner);
 	struct watchlist_counters *counters;
+	__u16 watched_for, watchlist;
+	enum slot_state state;
+	struct slot *slot;
+	__u64 owner;
 	struct arrival arrival;
 	struct dead_packet dead = {};
 	enum proof proof;
@@ -226,6 +228,16 @@ static __always_inline void observe_drop(struct slot *slot, __u64 address, __u64
 	if (!config || !config->enabled || !scratch || !reason)
 		return;
 	read_dead_packet(&dead, address, config);
+	slot = slot_of(address, choice_of(dead.tc_index));
+	if (!slot)
+		return;
+	owner = READ_ONCE(slot->owner);
+	if (!is_owner(owner, address)) {
+		count(COUNT_STALE_DROP);
+		return;
+	}
+	watched_for = owner_watchlist(owner);
+	state = owner_state(owner);
 	arrival.arrival_ns = slot->arrival_ns;
 	arrival.ifindex = slot->ifindex;
 	scratch->arrived = slot->key;

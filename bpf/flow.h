@@ -18,7 +18,8 @@ static __always_inline __u64 flow_hash(const struct flow_key *key)
 	hash ^= hash >> 29;
 	hash = (hash + destination[0] + (destination[1] * HASH_C)) * HASH_B;
 	hash ^= hash >> 32;
-	hash ^= ((__u64)key->source_port << 32) | ((__u64)key->destination_port << 8) | key->protocol;
+	hash ^= ((__u64)key->source_port << 32) | ((__u64)key->destination_port << 16) |
+		((__u64)key->family << 8) | key->protocol;
 	hash *= HASH_C;
 	hash ^= hash >> 32;
 	return hash | 1;

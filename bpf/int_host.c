@@ -85,11 +85,11 @@ static __always_inline void observe(struct __sk_buff *skb, const struct config *
 
 	if (!counters || !policy)
 		return;
-	if (!(policy->events & (EVENT_FLOW | EVENT_QUEUE))) {
+	if (unlikely(!(policy->events & (EVENT_FLOW | EVENT_QUEUE)))) {
 		counters->not_asked++;
 		return;
 	}
-	if (!is_sampled(hash, policy->sample)) {
+	if (unlikely(!is_sampled(hash, policy->sample))) {
 		counters->sampled_out++;
 		return;
 	}
@@ -106,7 +106,7 @@ static __always_inline void observe(struct __sk_buff *skb, const struct config *
 	congested = policy->congestion_latency_ns && latency_ns >= policy->congestion_latency_ns;
 	state = flow_state_of(latency_ns, seen->egress_ifindex, congested);
 	due = due_events(flow, known, policy, now, state);
-	if (!due) {
+	if (likely(!due)) {
 		counters->suppressed++;
 		return;
 	}
@@ -122,7 +122,7 @@ static __always_inline bool is_delivered_here(struct __sk_buff *skb, const struc
 	struct bpf_sock *sock = NULL;
 	__u32 tuple_bytes;
 
-	if (!is_local_address(key->destination))
+	if (!is_local_address(key))
 		return false;
 	if (key->no_ports || (key->protocol != PROTO_TCP && key->protocol != PROTO_UDP))
 		return true;
@@ -168,27 +168,29 @@ int ingress(struct __sk_buff *skb)
 	struct scratch *scratch = scratch_of(SCRATCH_TC);
 	struct verdict verdict = {};
 	struct slot *slot;
-	__u64 address, generation, now;
+	__u64 address, generation, now, owner;
 	__u32 flags = 0;
-	__u16 watchlist;
+	__u16 watchlist, tag;
 	bool delivered;
 	int parsed;
 
-	if (!config || !config->enabled || !scratch)
+	if (unlikely(!config || !config->enabled || !scratch))
 		return TC_ACT_UNSPEC;
 	generation = live_generation();
 	parsed = parse_packet(skb, scratch);
-	if (parsed == 0)
+	if (likely(parsed == 0))
 		flags = classify(&scratch->key, scratch, &verdict, side_of(generation), true);
 	else
 		count(parsed == PARSE_NOT_IP ? COUNT_NOT_IP : COUNT_TRUNCATED);
 	address = packet_address(skb, scratch);
-	slot = slot_of(address);
-	if (!slot)
-		return TC_ACT_UNSPEC;
 	if (!flags || verdict.action == ACTION_IGNORE) {
-		if (is_owner(READ_ONCE(slot->owner), address))
-			release_slot(slot, READ_ONCE(slot->owner));
+		/* a slot of choice 1 is found by a tag alone, which this packet does not have */
+		slot = slot_of(address, 0);
+		if (!slot)
+			return TC_ACT_UNSPEC;
+		owner = READ_ONCE(slot->owner);
+		if (unlikely(is_owner(owner, address)))
+			release_slot(slot, owner);
 		return TC_ACT_UNSPEC;
 	}
 	now = bpf_ktime_get_ns();
@@ -197,12 +199,13 @@ int ingress(struct __sk_buff *skb)
 	delivered = watchlist && is_delivered_here(skb, &scratch->key);
 	if (watchlist)
 		count_watched(counters_of(COUNTERS_TC, watchlist), 1);
-	if (take_slot(slot, owner_word(address, watchlist, delivered ? SLOT_DELIVERED : SLOT_PENDING), now,
-		      skb->ifindex, generation, &scratch->key))
-		skb->tc_index = tag_of(now);
+	tag = take_slot(owner_word(address, watchlist, delivered ? SLOT_DELIVERED : SLOT_PENDING), now, skb->ifindex,
+			generation, &scratch->key);
+	if (likely(tag))
+		skb->tc_index = tag;
 	else if (!delivered)
 		count_unfollowed(watchlist);
-	if (delivered) {
+	if (unlikely(delivered)) {
 		struct observation seen = {
 			.key = &scratch->key,
 			.ingress_ns = now,
@@ -233,8 +236,8 @@ static __always_inline void judge_departure(struct scratch *scratch, const struc
 	__u16 watched_for = owner_watchlist(leaving->owner);
 	struct verdict verdict = {};
 
-	if (leaving->owner && parsed && slot->generation == (__u16)leaving->generation &&
-	    is_same_tuple(&scratch->key, &slot->key)) {
+	if (likely(leaving->owner && parsed && slot->generation == (__u16)leaving->generation &&
+		   is_same_tuple(&scratch->key, &slot->key))) {
 		leaving->watchlist = watched_for;
 		return;
 	}
@@ -254,8 +257,8 @@ static __always_inline bool is_departing(struct __sk_buff *skb, struct slot *slo
 {
 	enum proof proof = proof_of(slot, (__u16)skb->tc_index, skb->ingress_ifindex);
 
-	if (proof == PROOF_NONE ||
-	    (proof == PROOF_INTERFACE && !(parsed && shares_a_side(&scratch->key, &slot->key)))) {
+	if (unlikely(proof != PROOF_TAG) &&
+	    (proof == PROOF_NONE || !(parsed && shares_a_side(&scratch->key, &slot->key)))) {
 		disown_slot(slot, owner);
 		return false;
 	}
@@ -270,12 +273,13 @@ int egress(struct __sk_buff *skb)
 	struct observation seen = {};
 	struct slot *slot;
 	__u64 address, owner;
+	__u16 tag;
 	bool parsed;
 
-	if (!config || !config->enabled || !scratch)
+	if (unlikely(!config || !config->enabled || !scratch))
 		return TC_ACT_UNSPEC;
 	address = packet_address(skb, scratch);
-	slot = slot_of(address);
+	slot = slot_of(address, choice_of((__u16)skb->tc_index));
 	if (!slot)
 		return TC_ACT_UNSPEC;
 	owner = READ_ONCE(slot->owner);
@@ -286,8 +290,8 @@ int egress(struct __sk_buff *skb)
 		owner = 0;
 	}
 	parsed = parse_packet(skb, scratch) == 0;
-	if (owner && is_departing(skb, slot, owner, parsed, scratch)) {
-		if (owner_state(owner) != SLOT_PENDING)
+	if (likely(owner && is_departing(skb, slot, owner, parsed, scratch))) {
+		if (unlikely(owner_state(owner) != SLOT_PENDING))
 			return TC_ACT_UNSPEC;
 		leaving.owner = owner;
 	} else if (skb->ingress_ifindex || !parsed) {
@@ -298,7 +302,7 @@ int egress(struct __sk_buff *skb)
 	seen.key = leaving.translated ? &scratch->arrived : &scratch->key;
 	seen.translated = leaving.translated;
 	seen.egress_ifindex = skb->ifindex;
-	if (leaving.owner) {
+	if (likely(leaving.owner)) {
 		__u64 settled = owner_word(address, leaving.watchlist, SLOT_EGRESSED);
 
 		seen.ingress_ns = slot->arrival_ns;
@@ -307,16 +311,17 @@ int egress(struct __sk_buff *skb)
 		if (!leaving.watchlist && !owner_watchlist(leaving.owner))
 			return TC_ACT_UNSPEC;
 		/* from here on the outcome is ours to count, or it was another's */
-		if (!exchange_owner(slot, leaving.owner, leaving.watchlist ? settled : 0))
+		if (unlikely(!exchange_owner(slot, leaving.owner, leaving.watchlist ? settled : 0)))
 			return TC_ACT_UNSPEC;
 		move_count(COUNTERS_TC, owner_watchlist(leaving.owner), leaving.watchlist);
 	} else if (leaving.watchlist) {
 		/* sent by the host: one observation point, no latency; the slot is for drops in the egress queue */
 		seen.egress_ns = seen.ingress_ns = bpf_ktime_get_ns();
 		count_watched(counters_of(COUNTERS_TC, leaving.watchlist), 1);
-		if (take_slot(slot, owner_word(address, leaving.watchlist, SLOT_EGRESSED), seen.ingress_ns, 0,
-			      leaving.generation, &scratch->key))
-			skb->tc_index = tag_of(seen.ingress_ns);
+		tag = take_slot(owner_word(address, leaving.watchlist, SLOT_EGRESSED), seen.ingress_ns, 0,
+				leaving.generation, &scratch->key);
+		if (tag)
+			skb->tc_index = tag;
 	}
 	if (leaving.watchlist)
 		observe(skb, config, side_of(leaving.generation), leaving.watchlist, &seen, &scratch->offsets);
@@ -325,14 +330,14 @@ int egress(struct __sk_buff *skb)
 
 int drop(struct bpf_raw_tracepoint_args *ctx)
 {
-	__u64 address = ctx->args[0], owner;
-	struct slot *slot = slot_of(address);
+	__u64 address = ctx->args[0];
+	struct slot *first = slot_of(address, 0), *second = slot_of(address, 1);
 
-	if (!slot)
+	if (!first || !second)
 		return 0;
-	owner = READ_ONCE(slot->owner);
 	/* nearly every dropped packet of the machine leaves here */
-	if (is_owner(owner, address))
-		observe_drop(slot, address, owner, (__u32)ctx->args[2]);
+	if (likely(!is_owner(READ_ONCE(first->owner), address) && !is_owner(READ_ONCE(second->owner), address)))
+		return 0;
+	observe_drop(address, (__u32)ctx->args[2]);
 	return 0;
 }

@@ -15,7 +15,7 @@ PINNED_ARRAY(rate_windows, struct rate_window, MAX_COLLECTORS);
 PINNED_ARRAY(drop_reasons, struct drop_reason, DROP_REASONS);
 /* ifindex -> 16-bit port id of the reports */
 PINNED_HASH(ports, __u32, __u64, 8192);
-/* addresses of the host itself; IPv4 in the first word */
+/* addresses of the host itself */
 PINNED_HASH(local_addresses, struct address, __u64, 4096);
 /* a bit for each hash of such an address: see local.h */
 PINNED_ARRAY(local_filter, __u64, NR_LOCAL_FILTER_WORDS);

@@ -15,7 +15,13 @@
 
 /* Slab objects are 256 bytes apart, so neighbours get different slots. */
 #define SLOT_SHIFT 8
+#define SLOT_HASH 0x9e3779b1U
+/* a tag is this bit, the choice of the slot, and some bits of the arrival time */
 #define TAG_NEVER_ZERO 0x8000
+#define TAG_CHOICE_SHIFT 14
+#define TAG_TIME 0x3fff
+/* a packet that waits for longer is not waited for when another needs its slot */
+#define SLOT_PATIENCE_NS 1000000000ULL
 
 static __always_inline const struct config *current_config(void)
 {
@@ -35,10 +41,16 @@ static __always_inline __u64 packet_address(void *skb, struct scratch *scratch)
 	return READ_ONCE(scratch->address);
 }
 
-static __always_inline struct slot *slot_of(__u64 address)
+/*
+ * The slots that a packet may have: choice 0, or, where another packet waits there, choice 1. A receive queue holds hundreds of
+ * packets at once, and two of them in one slot would be no accident: the allocator hands out the same addresses again and again.
+ */
+static __always_inline struct slot *slot_of(__u64 address, __u32 choice)
 {
-	__u32 index = (__u32)(address >> SLOT_SHIFT) & (NR_SLOTS - 1);
+	__u32 number = (__u32)(address >> SLOT_SHIFT), index;
 
+	index = choice ? (number * SLOT_HASH) >> 16 : number ^ (number >> 16);
+	index &= NR_SLOTS - 1;
 	return slots.lookup(&index);
 }
 
@@ -65,9 +77,15 @@ static __always_inline bool is_owner(__u64 owner, __u64 address)
 }
 
 /* What ingress leaves in tc_index: never 0, never what a classifier of tc would plausibly put there. */
-static __always_inline __u16 tag_of(__u64 now)
+static __always_inline __u16 tag_of(__u64 now, __u32 choice)
 {
-	return (__u16)(now >> 5) | TAG_NEVER_ZERO;
+	return ((now >> 5) & TAG_TIME) | (choice << TAG_CHOICE_SHIFT) | TAG_NEVER_ZERO;
+}
+
+/* Which of its slots a packet with this tc_index has, if it has one. */
+static __always_inline __u32 choice_of(__u16 tc_index)
+{
+	return tc_index & TAG_NEVER_ZERO ? (tc_index >> TAG_CHOICE_SHIFT) & 1 : 0;
 }
 
 /* Change the owner word; false if another CPU was first. */
@@ -126,7 +144,7 @@ static __always_inline void count_watched(struct watchlist_counters *counters, _
 /* A packet that was counted as watched for one watchlist is judged by another (0: by none): NAT made it so. */
 static __always_inline void move_count(enum counter_user user, __u16 from, __u16 to)
 {
-	if (from == to)
+	if (likely(from == to))
 		return;
 	if (from)
 		count_watched(counters_of(user, from), -1);
@@ -139,7 +157,7 @@ static __always_inline void count_unresolved(__u64 owner)
 {
 	struct watchlist_counters *counters;
 
-	if (owner_state(owner) != SLOT_PENDING || !owner_watchlist(owner))
+	if (likely(owner_state(owner) != SLOT_PENDING || !owner_watchlist(owner)))
 		return;
 	counters = counters_of(COUNTERS_TC, owner_watchlist(owner));
 	if (counters)
@@ -167,25 +185,53 @@ static __always_inline void disown_slot(struct slot *slot, __u64 seen)
 		counters->unverified++;
 }
 
-/*
- * Take a slot and write who came in; `owner` is the word that it has from then on. False if another CPU is taking the
- * same slot right now: this packet goes without.
- */
-static __always_inline bool take_slot(struct slot *slot, __u64 owner, __u64 now, __u32 ifindex, __u16 generation,
-				      const struct flow_key *key)
+/* Whether a slot can be had without harm to another packet. */
+static __always_inline bool is_vacant(const struct slot *slot, __u64 address, __u64 now)
 {
-	__u64 seen = READ_ONCE(slot->owner);
+	__u64 owner = READ_ONCE(slot->owner);
 
-	if (owner_state(seen) == SLOT_TAKEN)
-		return false;
-	if (!exchange_owner(slot, seen, owner_word(owner, 0, SLOT_TAKEN)))
-		return false;
+	if (likely(owner_state(owner) != SLOT_PENDING && owner_state(owner) != SLOT_TAKEN))
+		return true;
+	return is_owner(owner, address) ||
+	       (owner_state(owner) == SLOT_PENDING && now - slot->arrival_ns > SLOT_PATIENCE_NS);
+}
+
+/* Which slot a packet that comes now is to take: its first, or its second, or of two that are in use the older. */
+static __always_inline __u32 choose_slot(__u64 address, __u64 now)
+{
+	const struct slot *first = slot_of(address, 0), *second = slot_of(address, 1);
+
+	if (!first || !second || likely(is_vacant(first, address, now)))
+		return 0;
+	if (is_vacant(second, address, now))
+		return 1;
+	return (__s64)(second->arrival_ns - first->arrival_ns) < 0;
+}
+
+/*
+ * Take one of the packet's slots and write who came in; `owner` is the word that it has from then on. Returns the tag for
+ * tc_index, or 0 if another CPU is taking the same slot right now: this packet goes without.
+ */
+static __always_inline __u16 take_slot(__u64 owner, __u64 now, __u32 ifindex, __u16 generation,
+				       const struct flow_key *key)
+{
+	__u32 choice = choose_slot(owner, now);
+	struct slot *slot = slot_of(owner, choice);
+	__u64 seen;
+
+	if (!slot)
+		return 0;
+	seen = READ_ONCE(slot->owner);
+	if (unlikely(owner_state(seen) == SLOT_TAKEN))
+		return 0;
+	if (unlikely(!exchange_owner(slot, seen, owner_word(owner, 0, SLOT_TAKEN))))
+		return 0;
 	count_unresolved(seen);
 	slot->arrival_ns = now;
 	slot->ifindex = ifindex;
-	slot->tag = tag_of(now);
+	slot->tag = tag_of(now, choice);
 	slot->generation = generation;
 	slot->key = *key;
 	publish(&slot->owner, owner);
-	return true;
+	return tag_of(now, choice);
 }

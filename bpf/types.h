@@ -167,7 +167,7 @@ struct ring_position {
 	__u64 pad[7];
 };
 
-/* Key of local_addresses. */
+/* Key of local_addresses; IPv4 as IPv4-mapped IPv6. */
 struct address {
 	__be32 word[4];
 };

@@ -16,6 +16,12 @@ def filter_bit(key: bytes) -> int:
     return (mixed >> 16) % (64 * bpf_types.NR_LOCAL_FILTER_WORDS)
 
 
+def _key(text: str) -> bytes:
+    """16 bytes; an IPv4 address as the IPv4-mapped one (RFC 4291, 2.5.5.2)."""
+    address = ipaddress.ip_address(text)
+    return bytes(10) + b"\xff\xff" + address.packed if address.version == 4 else address.packed
+
+
 class LocalAddresses:
     """The hash of the addresses, and the filter of bits before it."""
 
@@ -26,7 +32,7 @@ class LocalAddresses:
 
     def replace(self, addresses: Iterable[str]) -> None:
         """Make the maps hold exactly these addresses."""
-        wanted = {ipaddress.ip_address(text).packed.ljust(16, b"\0") for text in addresses}
+        wanted = {_key(text) for text in addresses}
         present = set(self._map.keys())
         for key in wanted - present:
             self._map.update(key, struct.pack("=Q", 1))

@@ -26,6 +26,9 @@ struct pt_regs {
 #define false 0
 #define NULL ((void *)0)
 #define inline inline __attribute__((always_inline))
+/* what is unlikely is placed behind the rest: the programs are large, and the instruction cache is the kernel's as well */
+#define likely(x) __builtin_expect(!!(x), 1)
+#define unlikely(x) __builtin_expect(!!(x), 0)
 #define barrier() asm volatile("" ::: "memory")
 #define READ_ONCE(x) (*(const volatile typeof(x) *)&(x))
 #define WRITE_ONCE(x, v) (*(volatile typeof(x) *)&(x) = (v))
