@@ -15,8 +15,9 @@ import structlog
 from kubernetes.aio import client as kubernetes_client
 from kubernetes.aio import config as kubernetes_config
 
+from hostint_agent import spec_reader
 from hostint_agent.agent import Wanted
-from hostint_api import NodeConfigSpec, NodeConfigStatus, model, names
+from hostint_api import NodeConfigStatus, model, names
 
 PATH = f"/apis/{names.API_VERSION}/{names.NODE_CONFIGS}"
 _APPLY = "application/apply-patch+yaml"
@@ -117,6 +118,7 @@ class NodeConfig:
         self._on_config = on_config
         self._broken = False
         self._last: tuple[str | None, int] | None = None
+        self._reader = spec_reader.SpecReader()
 
     async def watch(self) -> None:
         """Hand over every configuration, and its absence once that is certain; until cancelled."""
@@ -200,7 +202,7 @@ class NodeConfig:
             self._on_config(Wanted(None, 0))
             return
         try:
-            spec = NodeConfigSpec.model_validate(item["spec"])
+            spec = self._reader.read(item["spec"])
         except (pydantic.ValidationError, KeyError) as error:
             wrong = (
                 model.problems(error, "spec")

@@ -11,7 +11,7 @@ from hostint_agent import bpf_calls, bpf_types
 
 def filter_bit(key: bytes) -> int:
     """The hash of bpf/local.h; `key` is one of the map local_addresses."""
-    first, second, third, fourth = struct.unpack("=IIII", key)
+    first, second, third, fourth = (int(word) for word in struct.unpack("=IIII", key))
     mixed = (first ^ second ^ third ^ fourth) * 0x9E3779B1 & 0xFFFFFFFF
     return (mixed >> 16) % (64 * bpf_types.NR_LOCAL_FILTER_WORDS)
 
