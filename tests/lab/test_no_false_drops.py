@@ -384,4 +384,3 @@ def test_without_the_proof_the_dead_would_be_taken_for_the_living(delivery, tmp_
             way.deliver(stage, delivery)
     assert found.counters["dropped_late"] > 0
     assert found.reports != []
-    assert "NO_SOCKET" in found.reasons
