@@ -213,6 +213,11 @@ class Map:
         """Open a pinned map. Raises BpfError."""
         return cls(obj_get(path))
 
+    def __del__(self) -> None:
+        # a map that nobody holds any more must not hold its descriptor
+        if hasattr(self, "fd"):
+            self.close()
+
     def close(self) -> None:
         """Close the descriptor; memory that was mapped stays mapped."""
         if self.fd >= 0:

@@ -20,6 +20,7 @@ from tests.bench import generator
 from tests.lab import datapath, topology
 from tests.lab.namespace import Namespace, ip
 
+_PINS = "/sys/fs/bpf/hostint-bench-"
 WATCHLIST = 1
 HOUR_NS = 3600 * 10**9
 # as watchlists are by default, so the clock is read at egress for each packet, but never with any news
@@ -165,6 +166,15 @@ def bpf_dir() -> Path | None:
     return Path(text) if text else None
 
 
+def remove_leftover_pins() -> None:
+    """Remove what benches that were killed have pinned."""
+    directory, prefix = Path(_PINS).parent, Path(_PINS).name
+    for left in directory.glob(f"{prefix}*"):
+        pid = left.name.removeprefix(prefix).split("-")[0]
+        if not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(left)
+
+
 class _Kept:
     """The node that benches share, once there is one."""
 
@@ -200,8 +210,9 @@ def node() -> Iterator[Node]:
 @contextlib.contextmanager
 def _made() -> Iterator[Node]:
     topology.remove_leftovers()
+    remove_leftover_pins()
     namespace = Namespace(f"hl{os.getpid()}-bench")  # what a killed process leaves goes as a lab's
-    pins = Path(f"/sys/fs/bpf/hostint-bench-{os.getpid()}")
+    pins = Path(f"{_PINS}{os.getpid()}")
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, pins, ignore_errors=True)
         pins.mkdir()

@@ -123,6 +123,25 @@ def test_generated_packets_are_those_that_were_asked_for(node):
     assert {len(frame) for frame in frames} == {generator.FRAME_BYTES}
 
 
+def test_emptied_rings_hold_nothing(node):
+    node.commit(IMAGE, **nodes.EVERY_PACKET)
+    node.use("ours")
+    node.generators[0].send(generator.traffic(rule_sets.watched(RULES, 16)))
+    node.run(128)
+    node.empty_rings()
+    assert node.datapath.drain() == []
+
+
+def test_what_a_killed_bench_has_pinned_is_removed(node):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    left = Path(f"/sys/fs/bpf/hostint-bench-{gone.pid}-load0")
+    left.mkdir()
+    nodes.remove_leftover_pins()
+    assert not left.exists()
+    assert Path(f"/sys/fs/bpf/hostint-bench-{os.getpid()}").exists()
+
+
 def test_empty_programs_run_at_both_hooks_of_every_packet(node):
     node.use("empty")
     program = node.program("empty")

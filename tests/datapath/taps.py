@@ -44,10 +44,15 @@ class Taps:
     inside: int
     outside: int
 
+    def _is_readable(self, timeout_ms: int) -> bool:
+        waiting = select.poll()
+        waiting.register(self.outside, select.POLLIN)
+        return bool(waiting.poll(timeout_ms))
+
     def through(self, frame: bytes, how: bytes) -> tuple[bytes, bytes]:
         """Write a frame, read what comes out: (its header, frame). Raises TimeoutError."""
         os.write(self.inside, how + frame)
-        if not select.select([self.outside], [], [], 10)[0]:
+        if not self._is_readable(10_000):
             raise TimeoutError(f"nothing came out for {frame[:200].hex()}")
         data = os.read(self.outside, 70_000)
         return data[: _HEADER.size], data[_HEADER.size :]
@@ -55,7 +60,7 @@ class Taps:
     @property
     def is_empty(self) -> bool:
         """Whether nothing more came out."""
-        return not select.select([self.outside], [], [], 0)[0]
+        return not self._is_readable(0)
 
 
 def _tap(name: str) -> int:
