@@ -33,6 +33,7 @@ _BUSY_PAUSE_MS = 10
 # a ring that was fuller than this share of it is looked after sooner
 _BUSY_SHARE = 16
 _STOP_S = 1.5
+_MASK32 = (1 << 32) - 1
 
 K = TypeVar("K")
 
@@ -194,15 +195,17 @@ class Exporter:
             length, collector = rings.lengths(index, 1)[0], rings.collectors(index, 1)[0]
             self._send(rings.iov(index), count, length, collector)
         else:
-            self._send_mixed(ring, index, count)
+            to = rings.collectors(index, count)
+            count = _before_gap(to, rings.numbers(index, count))
+            self._send_mixed(ring, index, to[:count])
         # only now: a process that dies before this sends again rather than not at all
         rings.advance(ring, count)
         return count
 
-    def _send_mixed(self, ring: int, index: int, count: int) -> None:
+    def _send_mixed(self, ring: int, index: int, to: Sequence[int]) -> None:
         """Send records by collector and length."""
+        count = len(to)
         lengths = self._rings.lengths(index, count)
-        to = self._rings.collectors(index, count)
         if self._numbering:
             records = self._numbering.copy(ring, index, to)
         else:
@@ -254,6 +257,21 @@ def _next_pause(pause_ms: int, fullest: int, size: int) -> int:
     if fullest > size // _BUSY_SHARE:
         return max(pause_ms // 2, _MIN_PAUSE_MS)
     return min(2 * pause_ms, _BUSY_PAUSE_MS)
+
+
+def _before_gap(to: Sequence[int], numbers: Sequence[int]) -> int:
+    """How many reports there are before the first whose predecessor (of the same collector) is missing.
+
+    Only these may overtake each other: a receiver could not tell a report that is late from one of those that are lost.
+    """
+    if (numbers[-1] - numbers[0]) & _MASK32 == len(to) - 1 and to.count(to[0]) == len(to):
+        return len(to)
+    expected: dict[int, int] = {}
+    for place, (collector, number) in enumerate(zip(to, numbers, strict=True)):
+        if expected.get(collector, number) != number:
+            return place
+        expected[collector] = (number + 1) & _MASK32
+    return len(to)
 
 
 def _groups(

@@ -8,7 +8,6 @@ finds the same numbers: they follow from the maps alone. Records are numbered in
 import array
 import ctypes
 import struct
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,8 +18,6 @@ HW_IDS_PER_KIND = 32
 # longer than a program needs from taking a sequence number to handing over the record
 _SETTLE_S = 0.002
 _MASK32 = (1 << 32) - 1
-# of the sequence number in a record: big endian in every format there is
-_SEQUENCE_OFFSET = 4
 
 
 class Numbering:
@@ -61,16 +58,13 @@ class Numbering:
             collector = self._rings.collectors(index, 1)[0]
             if collector not in seen:
                 seen.add(collector)
-                number = ctypes.string_at(self._rings.address(index) + _SEQUENCE_OFFSET, 4)
-                self._last[ring, collector] = int.from_bytes(number, "big") - 1 & _MASK32
+                self._last[ring, collector] = self._rings.numbers(index, 1)[0] - 1 & _MASK32
 
     def copy(self, ring: int, index: int, collectors: Sequence[int]) -> list[int]:
         """Number the reports of a ring from `index` on; the addresses of the copies."""
         count, stride = len(collectors), self._rings.stride
         ctypes.memmove(self._address, self._rings.address(index), count * stride)
-        begin = _SEQUENCE_OFFSET // 4
-        places = self._words[begin : begin + count * stride // 4 : stride // 4]
-        own = _swapped(array.array("I", places.tolist()))
+        own = self._rings.numbers(index, count)
         # a run of one ring's own numbers is shifted as a whole
         hw_id = _shared(ring)
         shift = {
@@ -84,15 +78,10 @@ class Numbering:
         for collector, number in dict(zip(collectors, own, strict=True)).items():
             self._last[ring, collector] = number
             self._total[hw_id, collector] = (number + shift[collector]) & _MASK32
-        places[:] = memoryview(_swapped(array.array("I", numbers)))
+        begin, end = report_rings.SEQUENCE_OFFSET // 4, count * stride // 4
+        places = self._words[begin : begin + end : stride // 4]
+        places[:] = memoryview(report_rings.swapped(array.array("I", numbers)))
         return list(range(self._address, self._address + count * stride, stride))
-
-
-def _swapped(numbers: "array.array[int]") -> "array.array[int]":
-    """Between network order and this machine's."""
-    if sys.byteorder == "little":
-        numbers.byteswap()
-    return numbers
 
 
 def _shared(ring: int) -> int:

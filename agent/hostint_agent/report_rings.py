@@ -8,12 +8,15 @@ empty. report_iovs is an iovec array as it is: the program writes lengths, we wr
 import array
 import ctypes
 import mmap
+import sys
 import weakref
 from pathlib import Path
 
 from hostint_agent import bpf_calls, bpf_types
 
 _MASK64 = (1 << 64) - 1
+# of the sequence number in a record: big endian in every format there is
+SEQUENCE_OFFSET = 4
 _IOV_BYTES = 16
 
 
@@ -32,6 +35,7 @@ class Rings:
         self.size = total // self.count
         # by ring; 0: not mapped yet
         self._addresses = [0] * self.count
+        self._numbers: dict[int, memoryview] = {}
         self._iovs = self._address(maps / "report_iovs")
         self._iov_words = _words(self._iovs, 2 * total)
         self._collectors = _words(self._address(maps / "report_collectors"), total)
@@ -83,6 +87,8 @@ class Rings:
         bases = array.array("Q", range(address, address + size, self.stride))
         first = 2 * ring * self.size
         self._iov_words[first : first + 2 * self.size : 2] = memoryview(bases)
+        words = memoryview((ctypes.c_uint32 * (size // 4)).from_address(address)).cast("B")
+        self._numbers[ring] = words.cast("I")[SEQUENCE_OFFSET // 4 :: self.stride // 4]
         self._addresses[ring] = address
 
     def iov(self, index: int) -> int:
@@ -101,6 +107,11 @@ class Rings:
         """Lengths of reports."""
         return self._iov_words[2 * index + 1 : 2 * (index + count) : 2].tolist()
 
+    def numbers(self, index: int, count: int) -> "array.array[int]":
+        """Sequence numbers of reports of one ring, as the program wrote them."""
+        ring, first = divmod(index, self.size)
+        return swapped(array.array("I", self._numbers[ring][first : first + count].tobytes()))
+
     def collectors(self, index: int, count: int) -> list[int]:
         """Collector indexes of reports."""
         return self._collectors[index : index + count].tolist()
@@ -110,6 +121,13 @@ class Rings:
         lengths = self._iov_words[2 * index + 1 : 2 * (index + count) : 2].tobytes()
         collectors = self._collectors[index : index + count].tobytes()
         return lengths == lengths[:8] * count and collectors == collectors[:8] * count
+
+
+def swapped(numbers: "array.array[int]") -> "array.array[int]":
+    """Between network order and this machine's."""
+    if sys.byteorder == "little":
+        numbers.byteswap()
+    return numbers
 
 
 def _words(address: int, count: int) -> memoryview:

@@ -124,6 +124,28 @@ def test_reports_overtake_no_more_than_a_chunk_and_nothing_counts_as_lost():
         assert tracker.reordered > 0
 
 
+@pytest.mark.parametrize("collectors", [1, 2])
+@pytest.mark.parametrize("gap", [1, 600, 3000])
+def test_reports_that_found_no_room_are_told_from_those_that_come_late(gap, collectors):
+    random_ = random.Random(2)
+    with rings(1, 4096) as datapath, contextlib.ExitStack() as stack:
+        receivers = [stack.enter_context(Receiver(str(i))) for i in range(collectors)]
+        exports = exported(datapath, {i: to.destination for i, to in enumerate(receivers)})
+        for place in range(3000):
+            if place in (300, 1500, 1600):
+                for _ in range(gap):
+                    datapath.lose(0, 0)
+            datapath.write(0, place % collectors, random_.choice((94, 106, 156)))
+        while exports.poll():
+            pass
+        for index, receiver in enumerate(receivers):
+            tracker = hostint_collector.sequence.SequenceTracker()
+            for report in receiver.take(3000 // collectors):
+                tracker.see(sequence(report))
+            counted = (tracker.lost, tracker.duplicates, tracker.restarts)
+            assert counted == (0 if index else 3 * gap, 0, 0)
+
+
 def test_reports_of_one_length_keep_their_order():
     with rings(1, 4096) as datapath, Receiver() as receiver:
         written = [datapath.write(0, 0) for _ in range(4000)]
