@@ -15,7 +15,7 @@ from tests.bench.node import bpf_dir
 from tests.lab.agent import LabAgent
 from tests.lab.topology import Lab
 
-TAKES_S = (14, 40)
+TAKES_S = (10, 40)
 _IDLE_S = (5, 20)
 _LOADS = (1, 5)
 _PODS = 5

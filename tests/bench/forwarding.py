@@ -8,10 +8,10 @@ from tests.bench.generator import XDP_DROP, traffic
 from tests.bench.measure import PLAIN, Say, Variant
 from tests.bench.node import HOUR_NS, NO_NEWS, Node, node
 
-TAKES_S = (11, 70)
+TAKES_S = (8, 70)
 FLOWS = 16
 RULES = 64
-_ROUNDS = (11, 80)
+_ROUNDS = (7, 80)
 
 
 def run(quick: bool, say: Say) -> list[Figure]:

@@ -11,6 +11,7 @@ import statistics
 import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,10 @@ _CONSTANT_SUM = sum(struct.unpack("!5H", struct.pack("!BBHHHBx", *_HEADER)))
 _MIN_BATCHES = 32
 _GATEWAY_MAC, _HOST_MAC = bytes.fromhex("020000000102"), bytes.fromhex("020000000101")
 T = TypeVar("T")
+
+
+class NotTogether(Exception):
+    """One generator had ended before another one began: something else had its CPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,18 +212,18 @@ class Generator:
         self._state.tuples = traffic.count
 
     def start(
-        self, count: int, *, action: int = XDP_PASS
+        self, count: int, *, action: int = XDP_PASS, together: threading.Barrier | None = None
     ) -> concurrent.futures.Future[tuple[int, ...]]:
-        """Send `count` packets; the result is when each batch of 64 began, ns of CLOCK_MONOTONIC."""
+        """Send `count` packets, `together` with others; the result is when each batch of 64 began, ns of CLOCK_MONOTONIC."""
         if not BATCH < count <= BATCH * MAX_BATCHES:
             raise ValueError(f"{count} packets, {BATCH + 1}..{BATCH * MAX_BATCHES} are possible")
-        return self._worker.submit(self._run, count, action)
+        return self._worker.submit(self._run, count, action, together)
 
     def run(self, count: int, *, action: int = XDP_PASS) -> float:
         """Send `count` packets and return ns a packet: the median over batches of 64."""
         return ns_per_packet(self.start(count, action=action).result())
 
-    def _run(self, count: int, action: int) -> tuple[int, ...]:
+    def _run(self, count: int, action: int, together: threading.Barrier | None) -> tuple[int, ...]:
         self._state.made = 0
         self._state.action = action
         frame = ctypes.create_string_buffer(bytes(self._state.frame), FRAME_BYTES)
@@ -243,6 +248,8 @@ class Generator:
             0,
             BATCH,
         )
+        if together:
+            together.wait()
         bpf_calls.bpf(bpf_calls.PROG_TEST_RUN, attr, "generator")
         if self._state.made != count:
             raise RuntimeError(f"the generator made {self._state.made} packets of {count}")
@@ -259,7 +266,7 @@ def ns_per_packet(begins: Sequence[int]) -> float:
 def ns_together(all_begins: Sequence[Sequence[int]]) -> float:
     """The same over the batches of all generators that began and ended while every generator ran.
 
-    Raises ValueError when there are too few.
+    Raises NotTogether when there are too few.
     """
     start = max(begins[0] for begins in all_begins)
     end = min(begins[-1] for begins in all_begins)
@@ -270,7 +277,7 @@ def ns_together(all_begins: Sequence[Sequence[int]]) -> float:
         if a >= start and b <= end
     ]
     if len(durations) < _MIN_BATCHES:
-        raise ValueError(f"the generators ran together for {len(durations)} batches only")
+        raise NotTogether(f"the generators ran together for {len(durations)} batches only")
     return statistics.median(durations) / BATCH
 
 

@@ -11,6 +11,7 @@ import ctypes
 import os
 import shutil
 import struct
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -125,11 +126,12 @@ class Node:
     def run_together(self, count: int) -> float:
         """Have all generators send their part of `count` packets, at the same time; ns a packet on each CPU meanwhile.
 
-        Raises WrongCount.
+        Raises WrongCount, generator.NotTogether.
         """
         share = count // len(self.generators)
         before = self.came_out()
-        running = [made.start(share) for made in self.generators]
+        together = threading.Barrier(len(self.generators))
+        running = [made.start(share, together=together) for made in self.generators]
         begins = [started.result() for started in running]
         self._compare(before, [share] * len(begins))
         return generator.ns_together(begins)

@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a report on every packet costs the forwarding path, two CPUs writing at once. Nothing is sent: the datapath alone."""
 
+import contextlib
 import ipaddress
 import random
 
 from hostint_agent import bpf_calls, bpf_types, classifier, loader
 from tests.bench import measure, rule_sets
 from tests.bench.figure import Figure
-from tests.bench.generator import Traffic, traffic
+from tests.bench.generator import NotTogether, Traffic, traffic
 from tests.bench.measure import PLAIN, Samples, Say, Variant
 from tests.bench.node import EVERY_PACKET, WATCHLIST, WAYS_OUT, Node, node
 
-TAKES_S = (5, 20)
+TAKES_S = (2, 20)
 _FLOWS = 16
-_ROUNDS = (5, 40)
+_ROUNDS = (3, 40)
+_ATTEMPTS = 20
 _REPORTED = "every packet"
 
 
@@ -93,7 +95,15 @@ def _measure(made: Node, rounds: int, packets: int, cpus: int) -> Samples:
 
 
 def _run(made: Node, variant: Variant, packets: int, cpus: int) -> float:
-    """One run, after a shorter one to warm up; the rings are empty before and hold all reports after."""
+    """One run, and again when something else had one of the CPUs for all of the time."""
+    for _ in range(_ATTEMPTS - 1):
+        with contextlib.suppress(NotTogether):
+            return _try_run(made, variant, packets, cpus)
+    return _try_run(made, variant, packets, cpus)
+
+
+def _try_run(made: Node, variant: Variant, packets: int, cpus: int) -> float:
+    """A shorter run to warm up, then one of which the rings, empty before, hold all reports."""
     run = made.run_together if cpus > 1 else made.run
     run(packets * cpus // 2)
     made.empty_rings()

@@ -8,11 +8,11 @@ from tests.bench.generator import traffic
 from tests.bench.measure import PLAIN, Say, Variant
 from tests.bench.node import NO_NEWS, node
 
-TAKES_S = (4, 25)
+TAKES_S = (2, 25)
 PERCENT = (0, 12.5, 25, 50, 75, 100)
 _FLOWS = 256
 _RULES = 64
-_ROUNDS = (3, 25)
+_ROUNDS = (2, 25)
 
 
 def run(quick: bool, say: Say) -> list[Figure]:

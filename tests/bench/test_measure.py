@@ -30,7 +30,7 @@ def test_of_two_generators_only_what_ran_at_the_same_time_counts():
 
 
 def test_generators_that_did_not_meet_give_no_figure():
-    with pytest.raises(ValueError, match="ran together for 0 batches"):
+    with pytest.raises(generator.NotTogether, match="ran together for 0 batches"):
         generator.ns_together([begins(*[64] * 50), [t + 10**9 for t in begins(*[64] * 50)]])
 
 
