@@ -92,8 +92,8 @@ def write(
 
 def number(value: float) -> str:
     """As many digits as say something."""
-    if value == int(value) and abs(value) < 1e6:
-        return f"{int(value)}"
+    if value == int(value):
+        return f"{int(value):,}"
     if abs(value) >= 1000:
         return f"{value:,.0f}"
     return (

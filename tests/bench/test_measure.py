@@ -154,7 +154,14 @@ def test_a_bench_that_does_not_exist_is_named_with_those_that_do(capsys):
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.12345, "0.123"), (12.345, "12.35"), (123.45, "123.5"), (1234.5, "1,234"), (3.0, "3")],
+    [
+        (0.12345, "0.123"),
+        (12.345, "12.35"),
+        (123.45, "123.5"),
+        (1234.5, "1,234"),
+        (3.0, "3"),
+        (1e6, "1,000,000"),
+    ],
 )
 def test_numbers_have_as_many_digits_as_say_something(value, text):
     assert results.number(value) == text
