@@ -228,7 +228,7 @@ static __always_inline void observe_drop(__u64 address, __u32 kernel_reason)
 	if (!config || !config->enabled || !scratch || !reason)
 		return;
 	read_dead_packet(&dead, address, config);
-	slot = slot_of(address, choice_of(dead.tc_index));
+	slot = find_slot(address, dead.tc_index);
 	if (!slot)
 		return;
 	owner = READ_ONCE(slot->owner);

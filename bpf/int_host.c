@@ -167,8 +167,7 @@ int ingress(struct __sk_buff *skb)
 	const struct config *config = current_config();
 	struct scratch *scratch = scratch_of(SCRATCH_TC);
 	struct verdict verdict = {};
-	struct slot *slot;
-	__u64 address, generation, now, owner;
+	__u64 address, generation, now;
 	__u32 flags = 0;
 	__u16 watchlist, tag;
 	bool delivered;
@@ -184,13 +183,7 @@ int ingress(struct __sk_buff *skb)
 		count(parsed == PARSE_NOT_IP ? COUNT_NOT_IP : COUNT_TRUNCATED);
 	address = packet_address(skb, scratch);
 	if (!flags || verdict.action == ACTION_IGNORE) {
-		/* a slot of choice 1 is found by a tag alone, which this packet does not have */
-		slot = slot_of(address, 0);
-		if (!slot)
-			return TC_ACT_UNSPEC;
-		owner = READ_ONCE(slot->owner);
-		if (unlikely(is_owner(owner, address)))
-			release_slot(slot, owner);
+		release_slots(address);
 		return TC_ACT_UNSPEC;
 	}
 	now = bpf_ktime_get_ns();
@@ -279,7 +272,7 @@ int egress(struct __sk_buff *skb)
 	if (unlikely(!config || !config->enabled || !scratch))
 		return TC_ACT_UNSPEC;
 	address = packet_address(skb, scratch);
-	slot = slot_of(address, choice_of((__u16)skb->tc_index));
+	slot = find_slot(address, (__u16)skb->tc_index);
 	if (!slot)
 		return TC_ACT_UNSPEC;
 	owner = READ_ONCE(slot->owner);

@@ -82,16 +82,24 @@ static __always_inline __u16 tag_of(__u64 now, __u32 choice)
 	return ((now >> 5) & TAG_TIME) | (choice << TAG_CHOICE_SHIFT) | TAG_NEVER_ZERO;
 }
 
-/* Which of its slots a packet with this tc_index has, if it has one. */
-static __always_inline __u32 choice_of(__u16 tc_index)
-{
-	return tc_index & TAG_NEVER_ZERO ? (tc_index >> TAG_CHOICE_SHIFT) & 1 : 0;
-}
 
 /* Change the owner word; false if another CPU was first. */
 static __always_inline bool exchange_owner(struct slot *slot, __u64 seen, __u64 owner)
 {
 	return __sync_val_compare_and_swap(&slot->owner, seen, owner) == seen;
+}
+
+/* The slot that a packet may have left: its tag says which; without one, the slot that carries its address, if any does. */
+static __always_inline struct slot *find_slot(__u64 address, __u16 tc_index)
+{
+	struct slot *slot;
+
+	if (tc_index & TAG_NEVER_ZERO)
+		return slot_of(address, (tc_index >> TAG_CHOICE_SHIFT) & 1);
+	slot = slot_of(address, 0);
+	if (!slot || is_owner(READ_ONCE(slot->owner), address))
+		return slot;
+	return slot_of(address, 1);
 }
 
 enum proof {
@@ -169,6 +177,22 @@ static __always_inline void release_slot(struct slot *slot, __u64 seen)
 {
 	if (exchange_owner(slot, seen, 0))
 		count_unresolved(seen);
+}
+
+/* A packet that is of no interest: whatever its slots say of its address is of another, which must be dead. */
+static __always_inline void release_slots(__u64 address)
+{
+#pragma unroll
+	for (__u32 choice = 0; choice < 2; choice++) {
+		struct slot *slot = slot_of(address, choice);
+		__u64 owner;
+
+		if (!slot)
+			return;
+		owner = READ_ONCE(slot->owner);
+		if (unlikely(is_owner(owner, address)))
+			release_slot(slot, owner);
+	}
 }
 
 /* The slot has our address and a packet waits in it, but nothing proves that it is this one: count, do not guess. */
