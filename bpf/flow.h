@@ -80,8 +80,8 @@ static __always_inline struct flow_state flow_state_of(__u64 latency_ns, __u32 e
 
 static __always_inline bool is_period_over(const struct flow *flow, bool known, const struct policy *policy, __u64 now)
 {
-	/* signed: another CPU may have reported the flow a moment later than our now */
-	return !known || (__s64)(now - flow->reported_ns) >= (__s64)policy->interval_ns;
+	/* signed: another CPU, or an earlier packet of this batch, may have been reported later than our now */
+	return !known || !policy->interval_ns || (__s64)(now - flow->reported_ns) >= (__s64)policy->interval_ns;
 }
 
 /* Whether reports of a watchlist depend on how long each packet took. */
