@@ -119,16 +119,26 @@ class Stage:
         reasons, counters = self._figures()
         do()
         deadline = time.monotonic() + timeout_s
-        while True:
-            now_reasons, now_counters = self._figures()
-            changed = {name: now_counters[name] - counters[name] for name in counters}
-            died = changed["dropped"] + changed["dropped_late"]
+        while time.monotonic() < deadline:
+            now = self._figures()[1]
+            died = (
+                now["dropped"]
+                + now["dropped_late"]
+                - counters["dropped"]
+                - counters["dropped_late"]
+            )
             wanted = dead() if callable(dead) else dead
-            if (wanted and died == wanted) or time.monotonic() > deadline:
+            if wanted and died == wanted:
                 break
             time.sleep(0.01)
+        time.sleep(0.005)  # the program that counted the last of them has ended by then
+        now_reasons, now = self._figures()
         names = {n: c - reasons.get(n, 0) for n, c in now_reasons.items()}
-        return Outcome({n: c for n, c in names.items() if c}, changed, self.drop_reports())
+        return Outcome(
+            reasons={n: c for n, c in names.items() if c},
+            counters={name: now[name] - counters[name] for name in counters},
+            reports=self.drop_reports(),
+        )
 
     def drop_reports(self) -> list[v05.DropReport]:
         """The drop reports that wait."""

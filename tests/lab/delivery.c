@@ -204,21 +204,23 @@ static int open_sender(void)
 	return fd;
 }
 
-static void wait_for_room(unsigned long sent, int receivers)
+/* False if the receivers have given up: something was lost. */
+static int wait_for_room(unsigned long sent, int receivers)
 {
 	struct timespec pause = { 0, 20000 };
 	int number = sockets + with_raw;
 
-	for (int waited = 0; waited < SILENCE_MS * 50; waited++) {
+	for (int waited = 0; waited < SILENCE_MS * 10; waited++) {
 		unsigned long least = sent;
 
 		for (int i = 0; i < receivers * number; i++)
 			if (shared->received[i] < least)
 				least = shared->received[i];
 		if (sent - least < WINDOW)
-			return;
+			return 1;
 		nanosleep(&pause, NULL);
 	}
+	return 0;
 }
 
 static unsigned long transmit(int receivers)
@@ -237,7 +239,8 @@ static unsigned long transmit(int receivers)
 
 		if ((unsigned long)batch * each > count - sent)
 			batch = (count - sent) / each;
-		wait_for_room(sent, receivers);
+		if (!wait_for_room(sent, receivers))
+			break;
 		done = sendmmsg(fd, heads, batch, 0);
 		if (done < 0 && errno != ENOBUFS && errno != EAGAIN)
 			fail("send");

@@ -36,7 +36,8 @@ class Delivery:
         if done.returncode:
             raise RuntimeError(f"delivery: {done.stderr}")
         sent, *received = (int(word) for word in done.stdout.split())
-        assert sent == count
+        # fewer were sent if some were lost: then a receiver got fewer as well
+        assert sent == count or min(received) < count
         return received
 
     @contextlib.contextmanager

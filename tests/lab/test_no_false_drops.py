@@ -31,6 +31,7 @@ pytestmark = pytest.mark.lab
 _HOUR_NS = 3600 * 10**9
 GROUP, BROADCAST, WASTE = "239.4.4.4", "10.244.1.255", "10.203.0.1"
 MILLION = 1_000_000
+RARE, ATTEMPTS = 1000, 3
 TCP_BYTES = 100_000_000
 
 
@@ -65,7 +66,12 @@ def unread_taps(stage: Stage) -> Iterator[None]:
 @contextlib.contextmanager
 def crowded(mode: Mode, bpf_dir: Path | None = None) -> Iterator[Stage]:
     """A stage with taps, and a device that has no room."""
-    with deaths.stage(mode, bpf_dir) as stage, unread_taps(stage), stage.unread_device():
+    with (
+        deaths.stage(mode, bpf_dir) as stage,
+        unread_taps(stage),
+        stage.unread_device(),
+        stage.nft("hook output priority 0", "ip daddr 127.0.0.1 udp dport 9 drop"),
+    ):
         watch(stage)
         stage.client.namespace.run(*f"ip route replace {GROUP} dev eth0".split())
         stage.host.run(*f"ip route add {WASTE} dev t0".split())
@@ -97,7 +103,8 @@ class Verdicts:
 def judged(stage: Stage, delivery: Delivery) -> Iterator[Verdicts]:
     """What the datapath says of the packets that the block delivers, while others of the node die.
 
-    Those are unwatched: for a closed port, and for t0 (a reason that is believed even of packets that have left).
+    Those are unwatched: refused by the output firewall, and for t0 (a reason that is believed even of packets that have left).
+    Both die in the sender's own call, and so take no room in the queues of others.
     """
     names, counters = kernel.drop_reason_names(), stage.datapath.counters
     found = Verdicts()
@@ -112,13 +119,24 @@ def judged(stage: Stage, delivery: Delivery) -> Iterator[Verdicts]:
     found.reports = stage.drop_reports()
 
 
+def assert_no_drop(found: Verdicts) -> None:
+    """Nothing is reported, nothing is counted.
+
+    But what a full tap loses is a copy of a watched packet, tag and all, at an address that another may have left its slot for; by
+    chance its tag is that one's. The kernel says what it was (a packet socket's), it is never reported, and rare.
+    """
+    copies = found.reasons.get("PACKET_SOCK_ERROR", 0)
+    assert copies <= 1 + found.counters["watched"] // RARE
+    assert (found.reports, set(found.reasons) - {"PACKET_SOCK_ERROR"}) == ([], set())
+    assert found.counters["dropped"] + found.counters["dropped_late"] == copies
+
+
 @contextlib.contextmanager
-def no_drop(stage: Stage, delivery: Delivery) -> Iterator[Verdicts]:
+def no_drop(stage: Stage, delivery: Delivery) -> Iterator[None]:
     """Nothing that the block delivers is called dropped."""
     with judged(stage, delivery) as found:
-        yield found
-    assert (found.reports, found.reasons) == ([], {})
-    assert (found.counters["dropped"], found.counters["dropped_late"]) == (0, 0)
+        yield
+    assert_no_drop(found)
 
 
 @dataclass(frozen=True)
@@ -128,16 +146,31 @@ class Way:
     name: str
     count: int
     sender: str
-    receiver: str
+    receivers: tuple[str, ...]
     version: int = 4
+    address: str = ""  # if it is not the receiver's
     sockets: int = 1
     options: tuple[str, ...] = ()
 
-    def deliver(self, stage: Stage, delivery: Delivery) -> None:
-        address = GROUP if self.name == "group" else place(stage, self.receiver)[self.version]
-        sender, receiver = place(stage, self.sender)[0], place(stage, self.receiver)[0]
-        received = delivery.send(sender, (address, PORT), self.count, [receiver], *self.options)
-        assert received == [self.count] * self.sockets
+    def send(self, stage: Stage, delivery: Delivery) -> bool:
+        """Send them; whether every socket got every one."""
+        address = self.address or place(stage, self.receivers[0])[self.version]
+        receivers = [place(stage, name)[0] for name in self.receivers]
+        sender = place(stage, self.sender)[0]
+        received = delivery.send(sender, (address, PORT), self.count, receivers, *self.options)
+        return received == [self.count] * self.sockets
+
+    def check(self, stage: Stage, delivery: Delivery) -> None:
+        """Nothing false, whatever happens; and all delivered, if not at once: the machine has others who fill its queues."""
+        for _ in range(ATTEMPTS):
+            with judged(stage, delivery) as found:
+                complete = self.send(stage, delivery)
+            assert_no_drop(found)
+            if complete:
+                break
+        assert complete
+        if "gso=20" not in self.options:
+            assert found.counters["watched"] == self.count
 
 
 def place(stage: Stage, name: str) -> dict[int, Any]:
@@ -148,21 +181,24 @@ def place(stage: Stage, name: str) -> dict[int, Any]:
     return {0: pod.namespace, 4: pod.address, 6: pod.address6}
 
 
+RAW, FAR, HOST, BESIDE = ("raw",), ("far",), ("host",), ("beside",)
+JOINED = ("sockets=4", "raw", "join=pod0")
 WAYS = [
-    Way("forwarded", 250_000, "client", "far"),
-    Way("forwarded-v6", 100_000, "client", "far", 6),
-    Way("beside", 100_000, "client", "beside"),
-    Way("to-host", 150_000, "client", "host", sockets=2, options=("raw",)),
-    Way("to-host-v6", 100_000, "client", "host", 6, options=("trunc",)),
-    Way("from-host", 100_000, "host", "far", options=("stamp",)),
-    Way("gro-to-host", 100_000, "client", "host", options=("gso=20",)),
-    Way("gso-forwarded", 60_000, "client", "far", 6, options=("gso=20",)),
-    Way("group", 50_000, "client", "host", sockets=5, options=("sockets=4", "raw", "join=pod0")),
+    Way("forwarded", 250_000, "client", FAR),
+    Way("forwarded-v6", 100_000, "client", FAR, 6),
+    Way("beside", 100_000, "client", BESIDE),
+    Way("to-host", 150_000, "client", HOST, sockets=2, options=RAW),
+    Way("to-host-v6", 100_000, "client", HOST, 6, options=("trunc",)),
+    Way("from-host", 100_000, "host", FAR, options=("stamp",)),
+    Way("gro-to-host", 100_000, "client", HOST, options=("gso=20",)),
+    Way("gso-forwarded", 60_000, "client", FAR, 6, options=("gso=20",)),
+    Way("group", 50_000, "client", HOST, address=GROUP, sockets=5, options=JOINED),
 ]
 BRIDGED_WAYS = [
-    Way("routed", 30_000, "client", "far"),
-    Way("bridged", 30_000, "client", "beside"),
-    Way("bridged-v6", 30_000, "client", "beside", 6),
+    Way("routed", 30_000, "client", FAR),
+    Way("bridged", 30_000, "client", BESIDE),
+    Way("bridged-v6", 30_000, "client", BESIDE, 6),
+    Way("flooded", 20_000, "client", ("host", "beside"), address=BROADCAST, sockets=2),
 ]
 
 
@@ -172,10 +208,7 @@ def named(ways: list[Way]) -> pytest.MarkDecorator:
 
 @named(WAYS)
 def test_no_datagram_that_was_delivered_is_called_dropped(routed, delivery, way):
-    with no_drop(routed, delivery) as found:
-        way.deliver(routed, delivery)
-    if "gso=20" not in way.options:
-        assert found.counters["watched"] == way.count
+    way.check(routed, delivery)
 
 
 def test_these_are_a_million():
@@ -184,18 +217,7 @@ def test_these_are_a_million():
 
 @named(BRIDGED_WAYS)
 def test_no_datagram_through_a_bridge_is_called_dropped(bridged, delivery, way):
-    with no_drop(bridged, delivery) as found:
-        way.deliver(bridged, delivery)
-    assert found.counters["watched"] == way.count
-
-
-def test_a_broadcast_that_a_bridge_floods_is_not_called_dropped(bridged, delivery):
-    """The host and the pod beside both get every one."""
-    receivers = [bridged.host, bridged.server.namespace]
-    with no_drop(bridged, delivery) as found:
-        received = delivery.send(bridged.client.namespace, (BROADCAST, PORT), 20_000, receivers)
-    assert received == [20_000] * 2
-    assert found.counters["watched"] == 20_000
+    way.check(bridged, delivery)
 
 
 # -- TCP --
@@ -380,7 +402,7 @@ def test_without_the_proof_the_dead_would_be_taken_for_the_living(delivery, tmp_
     assert text.count(proof) == 1
     (sources / "drop.h").write_text(text.replace(proof, "proof = PROOF_TAG;"))
     with crowded("routed", sources) as stage, judged(stage, delivery) as found:
-        for way in (Way("to-host", 30_000, "client", "host"), Way("on", 30_000, "client", "far")):
-            way.deliver(stage, delivery)
+        Way("to-host", 30_000, "client", HOST).send(stage, delivery)
+        Way("forwarded", 30_000, "client", FAR).send(stage, delivery)
     assert found.counters["dropped_late"] > 0
     assert found.reports != []
