@@ -13,6 +13,9 @@
 #define INT_REASON_TTL 26
 #define IPV4_TTL_OFFSET 8
 #define IPV6_HOP_LIMIT_OFFSET 7
+/* type << 8 | code */
+#define ICMP_ECHO_REPLY 0
+#define ICMPV6_ECHO_REPLY (129 << 8)
 #define SUBSYSTEM_SHIFT 16
 #define SUBSYSTEM_INDEX 256
 /* spreads the drop reasons of one flow over the flow table, away from the flow itself */
@@ -208,6 +211,49 @@ static __always_inline __u16 judge_death(struct scratch *scratch, __u16 watched_
 	return verdict.action == ACTION_REPORT ? verdict.watchlist : 0;
 }
 
+/*
+ * Freed as dropped, though it has reached those whom it was for: an echo reply is read as a clone, by a raw socket, and
+ * of a group's frame that a bridge floods, the host gets the original.
+ */
+static __always_inline bool is_no_death(const struct drop_reason *reason, const struct flow_key *key,
+					const struct dead_packet *dead)
+{
+	__u8 first = 0;
+
+	if (reason->flags & DROP_NOT_ECHO_REPLY)
+		return (key->protocol == PROTO_ICMP && key->destination_port == ICMP_ECHO_REPLY) ||
+		       (key->protocol == PROTO_ICMPV6 && key->destination_port == ICMPV6_ECHO_REPLY);
+	if (!(reason->flags & DROP_NOT_GROUP) || dead->mac_header == MAC_HEADER_UNSET ||
+	    dead->mac_header == dead->network_header)
+		return false;
+	READ_FIELD(first, dead->head + dead->mac_header, 0);
+	return first & 1;
+}
+
+/* The packet has ended, but not in a way that is a drop of ours. */
+static __always_inline void end_unseen(struct slot *slot, __u64 owner)
+{
+	struct watchlist_counters *counters;
+
+	if (!exchange_owner(slot, owner, 0))
+		return;
+	if (owner_state(owner) != SLOT_PENDING || !owner_watchlist(owner))
+		return;
+	counters = counters_of(COUNTERS_DROP, owner_watchlist(owner));
+	if (counters)
+		counters->unresolved++;
+}
+
+/* As shares_a_side, of a packet of which only the first header behind the addresses was read. */
+static __always_inline bool shares_an_address(const struct flow_key *one, const struct flow_key *other)
+{
+	const __u64 *a = (const __u64 *)one->source, *b = (const __u64 *)other->source;
+	const __u64 *c = (const __u64 *)one->destination, *d = (const __u64 *)other->destination;
+
+	return one->family == other->family &&
+	       ((a[0] == b[0] && a[1] == b[1]) || (c[0] == d[0] && c[1] == d[1]));
+}
+
 /* A packet that has the address of a watched one was freed as dropped; its tag says in which slot to look. */
 static __always_inline void observe_drop(__u64 address, __u32 kernel_reason)
 {
@@ -243,13 +289,22 @@ static __always_inline void observe_drop(__u64 address, __u32 kernel_reason)
 	scratch->arrived = slot->key;
 	read_tuple(&scratch->key, &dead);
 	proof = proof_of(slot, dead.tc_index, dead.iif);
-	if (proof == PROOF_NONE ||
-	    (proof == PROOF_INTERFACE && !shares_a_side(&scratch->key, &scratch->arrived))) {
+	/*
+	 * One tag in some thousands is the same by chance (a clone's, or one of another node of this kernel): the addresses
+	 * must agree as well, but for a packet that has left, of which NAT may have changed both sides.
+	 */
+	if (proof == PROOF_NONE || (reason->flags & DROP_OF_COPY) ||
+	    ((proof == PROOF_INTERFACE || state != SLOT_EGRESSED) &&
+	     !shares_an_address(&scratch->key, &scratch->arrived))) {
 		count(COUNT_STALE_DROP);
 		return;
 	}
 	if (died_elsewhere(address, config, &ifindex))
 		return;
+	if (is_no_death(reason, &scratch->key, &dead)) {
+		end_unseen(slot, owner);
+		return;
+	}
 	if (state == SLOT_EGRESSED && !(reason->flags & DROP_AFTER_EGRESS))
 		return;
 	watchlist = judge_death(scratch, watched_for, side);

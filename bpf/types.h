@@ -141,6 +141,9 @@ enum drop_flag {
 	DROP_AFTER_EGRESS = 2, /* also when it has been handed to the egress device */
 	DROP_QUEUE = 4,        /* a full queue: the Q bit is set as well */
 	DROP_CHECK_TTL = 8,    /* a header error: code 26 instead when the TTL is used up */
+	DROP_NOT_ECHO_REPLY = 16, /* no death of an echo reply: who asked has read a clone of it */
+	DROP_NOT_GROUP = 32,   /* no death of a frame for a group: the others have theirs, this host is no member */
+	DROP_OF_COPY = 64,     /* what dies for it is a packet socket's own copy */
 };
 
 /* What to do about one kernel drop reason; index: see DROP_REASONS. */

@@ -175,6 +175,9 @@ class DropFlag(enum.IntFlag):
     AFTER_EGRESS = 2
     QUEUE = 4
     CHECK_TTL = 8
+    NOT_ECHO_REPLY = 16
+    NOT_GROUP = 32
+    OF_COPY = 64
 
 
 class DropReason(ctypes.Structure):

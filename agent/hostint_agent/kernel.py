@@ -201,6 +201,9 @@ def drop_reason_entries(names: Mapping[int, str]) -> dict[int, bytes]:
         flags |= bpf_types.DropFlag.AFTER_EGRESS if treatment.after_egress else 0
         flags |= bpf_types.DropFlag.QUEUE if treatment.queue else 0
         flags |= bpf_types.DropFlag.CHECK_TTL if name == "IP_INHDR" else 0
+        flags |= bpf_types.DropFlag.NOT_ECHO_REPLY if name == "NO_SOCKET" else 0
+        flags |= bpf_types.DropFlag.NOT_GROUP if name == "NOT_SPECIFIED" else 0
+        flags |= bpf_types.DropFlag.OF_COPY if name == "PACKET_SOCK_ERROR" else 0
         entries[index] = bytes(bpf_types.DropReason(code=treatment.code, flags=int(flags)))
     return entries
 
