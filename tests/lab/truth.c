@@ -34,7 +34,8 @@ struct position {
 	__u64 open;
 	__u64 packets;	     /* of the flows under test, of the wanted protocol, on ingress */
 	__u64 super_packets; /* of these, those of more than one segment */
-	__u64 pad[2];
+	__u64 first;	     /* count at the beginning of the run; set by user space */
+	__u64 pad;
 };
 
 PINNED_MMAPABLE(truth_records, struct record, NR_TRUTH_RECORDS);
@@ -50,7 +51,7 @@ static __always_inline struct position *position_here(void)
 
 static __always_inline struct record *record_at(__u64 count)
 {
-	__u32 index = bpf_get_smp_processor_id() * TRUTH_RECORDS_PER_CPU + (__u32)count;
+	__u32 index = bpf_get_smp_processor_id() * TRUTH_RECORDS_PER_CPU + (__u32)(count % TRUTH_RECORDS_PER_CPU);
 
 	return truth_records.lookup(&index);
 }
@@ -63,7 +64,7 @@ static __always_inline int open_bracket(struct __sk_buff *skb, __u32 hook)
 
 	if (!position)
 		return TC_ACT_UNSPEC;
-	if (position->count >= TRUTH_RECORDS_PER_CPU) {
+	if (position->count - position->first >= TRUTH_RECORDS_PER_CPU) {
 		position->overflow++;
 		return TC_ACT_UNSPEC;
 	}
@@ -108,7 +109,7 @@ static __always_inline int close_bracket(__u32 hook)
 	struct position *position = position_here();
 	struct record *record;
 
-	if (!position || position->count >= TRUTH_RECORDS_PER_CPU)
+	if (!position || position->count - position->first >= TRUTH_RECORDS_PER_CPU)
 		return TC_ACT_UNSPEC;
 	record = record_at(position->count);
 	if (!record)

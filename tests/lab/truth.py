@@ -36,8 +36,10 @@ RECORD = np.dtype(
     ]
 )
 _POSITION = np.dtype(
-    [(n, "u8") for n in ("count", "overflow", "unpaired", "open", "packets", "super_packets")]
-    + [("pad", "u8", 2)]
+    [
+        (name, "u8")
+        for name in "count overflow unpaired open packets super_packets first pad".split()
+    ]
 )
 # our tunnels have an IPv4 header without options outside: Ethernet, IP, UDP, VXLAN or Geneve
 TUNNEL_BYTES = 14 + 20 + 8 + 8
@@ -76,6 +78,7 @@ class Recorder:
         self._records = self._array("truth_records", RECORD)
         self._positions = self._array("truth_positions", _POSITION)
         self._protocol = self._array("truth_protocol", np.dtype("u8"))
+        self.began_ns = 0
 
     def _array(self, name: str, kind: np.dtype) -> np.ndarray:
         opened = bpf_calls.Map.open(self.pins / name)
@@ -88,9 +91,20 @@ class Recorder:
         """A descriptor of one of PROGRAMS; the caller closes it."""
         return bpf_calls.obj_get(self.pins / name)
 
-    def begin(self, protocol: int) -> None:
-        """Forget what was recorded, count packets of this protocol as progress, and open the gate for the senders."""
+    def reset(self) -> None:
+        """Forget what happened while the recorders were attached one after the other."""
         self._positions[: self.cpus] = np.zeros(1, _POSITION)
+
+    def begin(self, protocol: int) -> None:
+        """Record a run: count packets of this protocol as progress, and open the gate for the senders.
+
+        A sender may have passed the gate just before it was closed the last time. What it sends now is not of the run.
+        """
+        here = self._positions[: self.cpus]
+        here["first"] = here["count"]
+        self.began_ns = time.monotonic_ns()
+        for column in ("packets", "super_packets", "overflow", "unpaired"):
+            here[column] = 0
         self._protocol[0] = protocol
         self._positions["count"][self.cpus] = 1
 
@@ -116,10 +130,10 @@ class Recorder:
         here = self._positions[: self.cpus]
         assert not here["overflow"].any(), "more packets than the recorders have room for"
         assert not here["unpaired"].any(), "a recorder ran without the other"
-        parts = [
-            self._records[cpu * self._per_cpu : cpu * self._per_cpu + int(here["count"][cpu])]
-            for cpu in range(self.cpus)
-        ]
+        parts = []
+        for cpu in range(self.cpus):
+            places = np.arange(int(here["first"][cpu]), int(here["count"][cpu])) % self._per_cpu
+            parts.append(self._records[cpu * self._per_cpu + places])
         log = np.concatenate(parts)
         cpus = np.repeat(np.arange(self.cpus, dtype="u2"), [len(part) for part in parts])
         return _with(log, cpu=cpus)
@@ -151,6 +165,13 @@ class Reports:
 
     def __len__(self) -> int:
         return len(self.cpu)
+
+    def since(self, at_ns: int) -> "Reports":
+        """Without reports of packets that came before."""
+        kept = self.ingress_ns >= at_ns
+        columns = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        flows = {n: column[kept] for n, column in columns.items() if n != "dropped"}
+        return Reports(**flows, dropped=self.dropped)
 
 
 class Drain:

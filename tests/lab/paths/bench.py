@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from hostint_agent import attach, bpf_calls, counters
+from hostint_agent import attach, bpf_calls, counters, loader
 from tests.lab import compiled, datapath, truth
 from tests.lab.paths import table, traffic, wiring
 from tests.lab.topology import Lab
@@ -46,7 +46,9 @@ class Bench:
         self.pins.mkdir()
         self._watchlists = 0
         try:
-            self.bpf_dir = bpf_dir
+            # a copy: all stages are to have the same programs, whoever works on them meanwhile
+            sources = bpf_dir or loader.default_bpf_dir()
+            self.bpf_dir = Path(shutil.copytree(sources, directory / "sources"))
             self.recorder = truth.Recorder(self._folder("truth"), records_per_cpu)
             compiled.bpf(HERE / "cni.c", self._folder("cni"), CNI_PROGRAMS, {})
             self.flood = compiled.native(HERE / "flood.c", directory / "flood")
@@ -117,6 +119,7 @@ class Stage:
                 ours.attach_program(program, ifindex, hook.kind, hook.namespace)
         if scene.accepting:
             self._attach_filters()
+        recorder.reset()
         attach.Ports(ours.maps).assign({hook.ifindex for hook in scene.hooks})
         ours.set_local_addresses(scene.local_addresses)
         ours.enable()
@@ -180,7 +183,7 @@ class Stage:
                     recorder.end(drain)
             # what waited in the server's sockets has been freed
             recorder.settle(drain)
-            reports = drain.take(truth.wall_offset_ns(ours.maps))
+            reports = drain.take(truth.wall_offset_ns(ours.maps)).since(recorder.began_ns)
         identities = self._settled_identities()
         before, self._before = self._before, _as_counts(identities[0])
         return Result(

@@ -41,7 +41,7 @@
 #define RAW_ICMP_FILTER	   1 /* <linux/icmp.h>, which glibc's headers do not go with */
 
 struct position {
-	volatile uint64_t count, overflow, unpaired, open, packets, super_packets, pad[2];
+	volatile uint64_t count, overflow, unpaired, open, packets, super_packets, first, pad;
 };
 
 struct ring_position {
