@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our filter in the clsact qdisc, for kernels without TCX: by handle, name and preference, never touching the qdisc itself."""
+"""Our filter in the clsact qdisc, for kernels without TCX: by handle, name and preference, never touching a qdisc that is there.
+
+Where no CNI has made the qdisc, we must, once an interface: while the kernel adds one it stops the device for a grace period, and
+what the device is to send in these milliseconds is dropped. TCX has nothing of the kind.
+"""
 
 import contextlib
 import errno
