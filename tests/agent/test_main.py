@@ -2,6 +2,7 @@
 """The command as a user meets it: what it prints, how it ends, and what it leaves behind."""
 
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from hostint_agent import __main__ as command
 from hostint_agent import loader
 from tests.agent.test_standalone import COLLECTOR, files, watchlist
 
@@ -177,3 +179,22 @@ def test_sigterm_while_it_starts_leaves_nothing(tmp_path, pin_dir):
     assert agent.stop()[0] == 0, agent.log.read_text()
     assert "Traceback" not in agent.log.read_text()
     assert not pin_dir.exists()
+
+
+def test_the_lock_of_a_directory_that_was_removed_meanwhile_is_no_lock(pin_dir, monkeypatch):
+    """Whoever had it removed the directory and a third made it anew: both would believe to be alone."""
+    pin_dir.mkdir()
+    lock = fcntl.flock
+
+    def slow(descriptor: int, operation: int) -> None:
+        monkeypatch.setattr(command.fcntl, "flock", lock)
+        pin_dir.rmdir()
+        pin_dir.mkdir()
+        lock(descriptor, operation)
+
+    monkeypatch.setattr(command.fcntl, "flock", slow)
+    assert command._locked(pin_dir) is None
+    descriptor = command._locked(pin_dir)
+    assert descriptor is not None
+    assert command._locked(pin_dir) is None
+    os.close(descriptor)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from hostint_agent import bpf_calls, clsact, netlink
+from hostint_agent import attach, bpf_calls, clsact, netlink
 from tests.lab import cni as cnis
 from tests.lab import scene as scenes
 from tests.lab import stream, traffic
@@ -385,6 +385,7 @@ def test_with_tcx_we_are_first_again_within_a_second(tcx, disturb, record_proper
         took = tcx.healed_s(cni, device, lambda: disturb(cni, tcx, device))
         record_property("healed_s", took)
         assert took <= BACK_WITHIN_S
+        assert (tcx.agent.pin_dir / "links" / attach.DROP_TRACEPOINT).exists()
         assert [one for one in theirs if one not in tcx.others(cni, device)] == []
         assert flow.lost() == 0
         arrived, port = tcx.arrived()

@@ -7,6 +7,7 @@ import errno
 import os
 import random
 import shutil
+import signal
 import struct
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -49,6 +50,7 @@ class Site:
         self.method = method
         self.collector = lab.collector.inside(lambda: CollectorThread(lab.collector_address))
         self._versions = 0
+        self._maps: dict[str, frozenset[str]] = {}
         self._changes = 0
         self.bpf_dir = self.new_version()
         self.seen: set[tuple[int, int]] = set()
@@ -61,6 +63,8 @@ class Site:
         shutil.copytree(loader.default_bpf_dir(), directory)
         with (directory / loader.MAIN_SOURCE).open("a") as source:
             source.write(f"/* version {self._versions} */\n")
+        made = loader.read_source(directory)
+        self._maps[made.build] = made.maps
         self.bpf_dir = directory
         return directory
 
@@ -142,6 +146,13 @@ class Site:
         if self.method == "tcx":
             return [entry.program for entry in cni.order(device, hook)]
         return [one["options"]["prog"]["id"] for one in cni.filters(device, hook)]
+
+    def assert_builds_whole(self) -> None:
+        """Whoever died and when: a build is there with all that it consists of, or not at all."""
+        for build in loader.builds(self.pins):
+            programs = {pin.name for pin in (build / "programs").iterdir()}
+            maps = {pin.name for pin in (build / "maps").iterdir()}
+            assert (programs, maps) == (set(loader.PROGRAMS), self._maps[build.name])
 
     def wait_report(self, timeout_s: float = 20.0) -> None:
         """Wait for a report of a packet that came after this moment."""
@@ -289,18 +300,35 @@ def kill_while_loading(site: Site, pick: random.Random, whom: str) -> None:
     process = site.start()
     loaders = wait_for_pins(site, process, pick.choice((0, 1, 5, 20, 34)))
     if whom == "agent":
+        kill_with_a_stopped_loader(site, process, loaders)
+        return
+    for pid in loaders:
+        send(pid, signal.SIGKILL)
+    if process.said("rules replaced"):
         process.kill()
-    else:
-        for pid in loaders:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, 9)
-        if process.said("rules replaced"):
-            process.kill()
-        process.wait()
+    process.wait()
+
+
+def kill_with_a_stopped_loader(site: Site, process: mortal.Process, loaders: list[int]) -> None:
+    """Its loader ends with the agent, even one that does nothing by itself any more; until then it shares the lock."""
+    for pid in loaders:
+        send(pid, signal.SIGSTOP)
+        with contextlib.suppress(FileNotFoundError):
+            assert site.pins in {fd.readlink() for fd in Path(f"/proc/{pid}/fd").iterdir()}
+    process.kill()
     deadline = time.monotonic() + 10
-    while any(Path(f"/proc/{pid}").exists() for pid in loaders):
-        assert time.monotonic() < deadline, "the loader outlives its agent"
+    while left := [pid for pid in loaders if Path(f"/proc/{pid}").exists()]:
+        if time.monotonic() > deadline:
+            for pid in left:
+                send(pid, signal.SIGKILL)
+            raise AssertionError("the loader outlives its agent")
         time.sleep(0.005)
+
+
+def send(pid: int, number: int) -> None:
+    """Send a signal to a process that may have ended."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
 
 
 def kill_while_changing(site: Site, step: mortal.Step) -> None:
@@ -380,6 +408,7 @@ def test_fifty_kills_lose_no_packet_and_every_next_agent_reports(site, record_pr
     for name, kill in fifty_kills(site, pick):
         print(f"{time.monotonic() - begun:5.1f} s {name}", flush=True)
         kill()
+        site.assert_builds_whole()
         process = site.sound()
         time.sleep(pick.uniform(0, 0.1))
         process.kill()
@@ -412,6 +441,7 @@ def test_an_unload_that_was_killed_can_be_done_again_or_started_over(site):
         killed = site.unload(dies_at=step)
         killed.wait()
         assert site.pins.exists(), step
+        site.assert_builds_whole()
         if number % 2:
             site.restore(version)
             site.sound().kill()
@@ -424,8 +454,7 @@ def test_an_unload_that_was_killed_can_be_done_again_or_started_over(site):
 def test_an_agent_says_why_its_loader_ended(site):
     process = site.start()
     for pid in wait_for_pins(site, process, 1):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, 9)
+        send(pid, signal.SIGKILL)
     process.wait()
     assert "the loader ended with status -9" in process.log.read_text()
     site.sound().kill()
