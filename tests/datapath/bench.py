@@ -80,14 +80,19 @@ class Bench:
     def settled(self, watchlist: int, watched: int) -> counters.Identity:
         """The identity once so many packets were watched and all of them have an outcome."""
 
+        # counters and slots are not read at one moment: a packet that waits may get its outcome in between, so what was
+        # found to be settled is what is returned
+        last: list[counters.Identity] = []
+
         def is_settled() -> bool:
             found = self.datapath.identity(watchlist)
+            last[:] = [found]
             settled = not (found.watched_difference or found.drops_difference)
             return settled and found.counters["watched"] == watched
 
         with contextlib.suppress(TimeoutError):  # the assertion below says more
             until(is_settled, "")
-        found = self.datapath.identity(watchlist)
+        found = last[0]
         assert found.counters["watched"] == watched, found
         assert (found.watched_difference, found.drops_difference) == (0, 0), found
         return found

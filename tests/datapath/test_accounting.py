@@ -500,25 +500,51 @@ def test_a_death_behind_the_egress_device_is_no_drop_of_the_node(routed):
     assert routed.outcome(watchlist, 200) == {"reported": 200}
 
 
-def test_a_report_whose_packet_cannot_be_read_is_sent_and_counted(routed, firewall):
-    """Not to be had from a sane kernel: the programs are told that the packet's memory is at an address that is none."""
-    watchlist, port = watch_port(routed)
-    firewall(port)
+@pytest.fixture
+def unreadable(routed):
+    """Not to be had from a sane kernel: the programs are told that the memory of packets is at an address that is none."""
     table = bpf_calls.Map.open(routed.datapath.maps / "config")
     memory = table.memory()
     table.close()
     config = bpf_types.Config.from_buffer(memory)
-    right, before = config.skb_head, routed.datapath.counters.datapath()
+    right = config.skb_head
     config.skb_head = 0  # the first word, which links packets in a list: NULL
+    yield
+    config.skb_head = right
+
+
+def test_a_report_whose_packet_cannot_be_read_is_sent_and_counted(routed, unreadable):
+    """Of a packet that has left: its tag proves it."""
+    watchlist, port = watch_port(routed)
+    before = routed.datapath.counters.datapath()
+    host = routed.node.namespace
+    host.run(*"tc qdisc replace dev pod1 root tbf rate 64kbit burst 2000 limit 3000".split())
     try:
-        benches.Sender(routed, watchlist).send(100, server(routed, port))
-        outcome = routed.outcome(watchlist, 100)
+        benches.Sender(routed, watchlist).send(300, server(routed, port))
+        found = routed.outcome(watchlist, 300)
     finally:
-        config.skb_head = right
-    assert outcome == {"dropped": 100, "drops_reported": 100}
+        host.run(*"tc qdisc del dev pod1 root".split())
+    dropped = found["dropped_late"]
+    assert dropped > 0
+    assert found == {"reported": 300, "dropped_late": dropped, "drops_reported": dropped}
     after = routed.datapath.counters.datapath()
-    assert after["drop_snapshot_failed"] - before["drop_snapshot_failed"] == 100
-    assert all(len(v05.decode(data).packet) <= 14 for data in routed.datapath.drain())
+    assert after["drop_snapshot_failed"] - before["drop_snapshot_failed"] == dropped
+    drops = [r for r in map(v05.decode, routed.datapath.drain()) if isinstance(r, v05.DropReport)]
+    assert len(drops) == dropped
+    assert all(len(report.packet) <= 14 for report in drops)
+
+
+def test_what_died_before_it_left_and_cannot_be_read_is_not_reported(routed, firewall, unreadable):
+    """Without its addresses nothing says that it is the packet which came in."""
+    watchlist, port = watch_port(routed)
+    firewall(port)
+    before = routed.datapath.counters.datapath()
+    benches.Sender(routed, watchlist).send(100, server(routed, port))
+    outcome = routed.outcome(watchlist, 100)
+    assert outcome.get("unresolved", 0) + outcome.get("pending", 0) == 100
+    assert "drops_reported" not in outcome
+    after = routed.datapath.counters.datapath()
+    assert after["stale_drop"] - before["stale_drop"] >= 100
 
 
 NAT = "type nat hook prerouting priority -100;"
