@@ -124,7 +124,10 @@ class World:
         source, target = source or self.pods[0], target or self.pods[1]
         port = next(_PORTS)
         with traffic.udp_sink(target.namespace, target.address, port) as sink:
-            source_port = traffic.send_udp(source.namespace, target.address, port, count=COUNT)
+            # the same at both ends: a port that the kernel chose may have been another flow's before
+            source_port = traffic.send_udp(
+                source.namespace, target.address, port, count=COUNT, source_port=port
+            )
             sink.settimeout(0.5)
             arrived = 0
             with contextlib.suppress(TimeoutError):

@@ -96,9 +96,9 @@ class Recorder:
         self._positions[: self.cpus] = np.zeros(1, _POSITION)
 
     def begin(self, protocol: int) -> None:
-        """Record a run: count packets of this protocol as progress, and open the gate for the senders.
+        """A run begins now, with the gate closed: packets of this protocol are its progress.
 
-        A sender may have passed the gate just before it was closed the last time. What it sends now is not of the run.
+        What was sent before may still come; it is not of the run.
         """
         here = self._positions[: self.cpus]
         here["first"] = here["count"]
@@ -106,6 +106,9 @@ class Recorder:
         for column in ("packets", "super_packets", "overflow", "unpaired"):
             here[column] = 0
         self._protocol[0] = protocol
+
+    def open_gate(self) -> None:
+        """Let the senders send."""
         self._positions["count"][self.cpus] = 1
 
     def end(self, drain: "Drain") -> None:

@@ -99,7 +99,7 @@ class Stage:
         self._datapath = under_test
         # of its own, for what earlier stages left in slots is theirs
         self._wanted, self._background = bench.two_watchlists()
-        self._before = _as_counts(self._identities()[0])
+        self._pending = 0
 
     def attach(self) -> None:
         """Every new program goes first: a CNI's, the later recorder, ours, the earlier recorder."""
@@ -176,7 +176,8 @@ class Stage:
         ours.watch(rules, {self._wanted: POLICY, self._background: POLICY})
         with truth.Drain(ours.maps, self._bench.library) as drain:
             with running.server(kind):
-                recorder.begin(kind.protocols[version])
+                before = self._begin(kind.protocols[version])
+                recorder.open_gate()
                 try:
                     running.send(kind, target)
                 finally:
@@ -185,12 +186,20 @@ class Stage:
             recorder.settle(drain)
             reports = drain.take(truth.wall_offset_ns(ours.maps)).since(recorder.began_ns)
         identities = self._settled_identities()
-        before, self._before = self._before, _as_counts(identities[0])
+        self._pending = identities[0].pending
         return Result(
             truth.Judge(recorder.log(), reports, wanted, others, self._path.tolerates).judge(),
-            {name: self._before[name] - before[name] for name in before},
+            {name: n - before[name] for name, n in _as_counts(identities[0]).items()},
             identities,
         )
+
+    def _begin(self, protocol: int) -> dict[str, int]:
+        """Begin a run; what is counted by then. A packet of the last run that comes in between would count as of this one."""
+        while True:
+            counted = self._datapath.counters.watchlist(self._wanted)
+            self._bench.recorder.begin(protocol)
+            if self._datapath.counters.watchlist(self._wanted) == counted:
+                return counted | {"pending": self._pending}
 
     def _identities(self) -> tuple[counters.Identity, counters.Identity]:
         ours, pending = self._datapath.counters, self._datapath.counters.pending()
