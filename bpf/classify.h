@@ -239,7 +239,7 @@ static __always_inline __u32 intersect(__u32 side, const struct classifier_side 
 
 	if (!from || !from_any || !to || !to_any || !port || !sport)
 		return 0;
-#pragma unroll
+#pragma clang loop unroll(disable)
 	for (__u32 i = 0; i < SUMMARY_WORDS; i++) {
 		__u64 left = (from->summary[i] | from_any->summary[i]) & (to->summary[i] | to_any->summary[i]) &
 			     port->summary[i] & sport->summary[i];

@@ -177,6 +177,10 @@ static __always_inline void report_drop(const struct config *config, __u32 side,
 		counters->drops_suppressed++;
 		return;
 	}
+	if (config->hold) {
+		counters->drops_suppressed++;
+		return;
+	}
 	result = reserve_record(RING_DROP, policy->collector, collector, now, &record);
 	if (result == RESERVE_RATE_LIMITED) {
 		counters->drops_rate_limited++;
@@ -255,10 +259,9 @@ static __always_inline bool shares_an_address(const struct flow_key *one, const 
 }
 
 /* A packet that has the address of a watched one was freed as dropped; its tag says in which slot to look. */
-static __always_inline void observe_drop(__u64 address, __u32 kernel_reason)
+static __always_inline void observe_drop(__u64 address, __u32 kernel_reason, struct scratch *scratch)
 {
 	const struct config *config = current_config();
-	struct scratch *scratch = scratch_of(SCRATCH_DROP);
 	__u32 index = reason_index(kernel_reason), side = side_of(live_generation()), ifindex = 0;
 	const struct drop_reason *reason = drop_reasons.lookup(&index);
 	struct watchlist_counters *counters;
@@ -271,7 +274,7 @@ static __always_inline void observe_drop(__u64 address, __u32 kernel_reason)
 	enum proof proof;
 	__u64 *total;
 
-	if (!config || !config->enabled || !scratch || !reason)
+	if (!config || !config->enabled || !reason)
 		return;
 	read_dead_packet(&dead, address, config);
 	slot = find_slot(address, dead.tc_index);

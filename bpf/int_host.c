@@ -52,6 +52,10 @@ static __always_inline bool write_report(struct __sk_buff *skb, const struct con
 
 	if (!collector)
 		return false;
+	if (unlikely(config->hold)) {
+		counters->suppressed++;
+		return false;
+	}
 	result = reserve_record(RING_FLOW, policy->collector, collector, egress_ns, &record);
 	if (result == RESERVE_RATE_LIMITED) {
 		counters->rate_limited++;
@@ -61,8 +65,8 @@ static __always_inline bool write_report(struct __sk_buff *skb, const struct con
 		counters->ring_full++;
 		return false;
 	}
-	put_v05_local(&record, config, flags, seen->ingress_ns, egress_ns, port_id(seen->ingress_ifindex),
-		      port_id(seen->egress_ifindex));
+	put_v05_local(&record, config, flags, seen->ingress_ns, egress_ns,
+		      attached_port_id(config, seen->ingress_ifindex), attached_port_id(config, seen->egress_ifindex));
 	bytes = put_snapshot(skb, record.bytes + V05_LOCAL_BYTES, collector->snap_length);
 	if (seen->translated)
 		restore_tuple(record.bytes + V05_LOCAL_BYTES, bytes, seen->key, offsets);
@@ -325,12 +329,26 @@ int drop(struct bpf_raw_tracepoint_args *ctx)
 {
 	__u64 address = ctx->args[0];
 	struct slot *first = slot_of(address, 0), *second = slot_of(address, 1);
+	struct scratch *scratch;
 
 	if (!first || !second)
 		return 0;
 	/* nearly every dropped packet of the machine leaves here */
 	if (likely(!is_owner(READ_ONCE(first->owner), address) && !is_owner(READ_ONCE(second->owner), address)))
 		return 0;
-	observe_drop(address, (__u32)ctx->args[2]);
+	scratch = scratch_of(SCRATCH_DROP);
+	if (!scratch)
+		return 0;
+	/*
+	 * The kernel does not let this program interrupt itself, but while an upgrade replaces it there are two, with one
+	 * set of maps, of which one may interrupt the other.
+	 */
+	if (READ_ONCE(scratch->busy)) {
+		count(COUNT_DROP_NESTED);
+		return 0;
+	}
+	WRITE_ONCE(scratch->busy, 1);
+	observe_drop(address, (__u32)ctx->args[2], scratch);
+	WRITE_ONCE(scratch->busy, 0);
 	return 0;
 }

@@ -6,6 +6,12 @@
 #pragma once
 #include "types.h"
 
+/*
+ * An upgrade takes the maps over if all declarations of the sources are the same as before, and so whatever is outside of
+ * functions. Raise this where the same bytes in a map come to mean something else.
+ */
+#define MAPS_VERSION 1
+
 PINNED_MMAPABLE(config, struct config, 1);
 PINNED_ARRAY(slots, struct slot, NR_SLOTS);
 PINNED_ARRAY(flows, struct flow_set, NR_FLOW_SETS);
@@ -29,6 +35,10 @@ PINNED_MMAPABLE(ring_heads, struct ring_position, NR_RINGS);
 PINNED_MMAPABLE(ring_tails, struct ring_position, NR_RINGS);
 /* sent and failed reports per collector, kept by the exporter over its own restarts: {sent, failed} */
 PINNED_MMAPABLE(export_counters, struct export_counter, MAX_COLLECTORS);
+/* what datapaths that this one has replaced had counted; written by the agent only */
+PINNED_ARRAY(carried_watchlist_counters, struct watchlist_counters, MAX_WATCHLISTS);
+PINNED_ARRAY(carried_datapath_counters, __u64, NR_DATAPATH_COUNTERS);
+PINNED_ARRAY(carried_drop_counters, __u64, DROP_REASONS);
 PINNED_PERCPU_ARRAY(watchlist_counters, struct watchlist_counters, NR_COUNTER_USERS * MAX_WATCHLISTS);
 PINNED_PERCPU_ARRAY(datapath_counters, __u64, NR_DATAPATH_COUNTERS);
 PINNED_PERCPU_ARRAY(drop_counters, __u64, DROP_REASONS);

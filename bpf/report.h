@@ -112,6 +112,14 @@ static __always_inline __u16 port_id(__u32 ifindex)
 	return port ? (__u16)*port : 0;
 }
 
+/* The same of an interface that our TC programs are attached to, which therefore has one. */
+static __always_inline __u16 attached_port_id(const struct config *config, __u32 ifindex)
+{
+	if (likely(READ_ONCE(config->port_is_ifindex)))
+		return (__u16)ifindex;
+	return port_id(ifindex);
+}
+
 static __always_inline void put_be32(__u8 *bytes, __u32 value)
 {
 	*(__be32 *)bytes = bpf_htonl(value);

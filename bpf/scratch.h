@@ -12,6 +12,7 @@ enum scratch_user {
 
 struct scratch {
 	__u64 address; /* of the packet */
+	__u64 busy;    /* the user's program is at work on this CPU */
 	struct flow_key key;     /* the tuple as the packet carries it */
 	struct flow_key arrived; /* as it came in */
 	struct packet_offsets offsets;

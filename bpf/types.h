@@ -134,6 +134,8 @@ struct config {
 	__u32 dev_ifindex;
 	__u32 dev_net;
 	__u32 net_cookie;
+	__u32 hold; /* 1: no reports yet, a datapath with other maps is still being replaced by this one */
+	__u32 port_is_ifindex; /* 1: no interface has a port id other than its index, and nobody needs to look it up */
 };
 
 enum drop_flag {
@@ -188,7 +190,7 @@ enum counter_user {
 	NR_COUNTER_USERS = 2,
 };
 
-/* Per watchlist, user and CPU. */
+/* Per watchlist, user and CPU. New ones come last: an upgrade carries those over that both versions have. */
 struct watchlist_counters {
 	__u64 watched;
 	__u64 reported;
@@ -209,7 +211,7 @@ struct watchlist_counters {
 	__u64 not_asked; /* forwarded, but the watchlist does not ask for flow or queue reports */
 };
 
-/* Index into datapath_counters, per CPU; each is counted by one kind of program. */
+/* Index into datapath_counters, per CPU; each is counted by one kind of program. New ones come last, as above. */
 enum datapath_counter {
 	COUNT_NOT_IP = 0,          /* frames that are not IP */
 	COUNT_TRUNCATED = 1,       /* IP packets whose headers could not be read */
@@ -219,5 +221,6 @@ enum datapath_counter {
 	COUNT_STALE_DROP = 5,      /* drops of packets that only had the address of a watched one */
 	COUNT_DROP_EVICTED = 6,    /* as FLOW_EVICTED, for a drop */
 	COUNT_DROP_SNAPSHOT_FAILED = 7,
-	NR_DATAPATH_COUNTERS = 8,
+	COUNT_DROP_NESTED = 8,     /* drops not looked at: during an upgrade, the other drop program was at work on that CPU */
+	NR_DATAPATH_COUNTERS = 9,
 };

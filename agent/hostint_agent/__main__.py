@@ -196,7 +196,7 @@ async def run_standalone(
         generation += 1
         queue.put_nowait(agent.Wanted(spec, generation))
 
-    process = agent.Agent(chosen, resume=False)
+    process = agent.Agent(chosen, agent.Wanted(spec, generation))
     await asyncio.to_thread(start, process)
     try:
         hand_over(spec)

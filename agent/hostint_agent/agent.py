@@ -4,8 +4,7 @@
 import asyncio
 import dataclasses
 import importlib.metadata
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import structlog
@@ -24,6 +23,7 @@ from hostint_agent import (
     node_rules,
     senders,
     settings,
+    succession,
     tables,
     topology,
 )
@@ -53,10 +53,13 @@ class Wanted:
 class Agent:
     """The datapath of one node, from load to status. Call `start` once, then `apply` as often as there is something new."""
 
-    def __init__(self, chosen: settings.Settings, *, resume: bool = True) -> None:
-        """Nothing happens yet. `resume`: begin with the last good configuration, from disk. Raises kernel.KernelError."""
+    def __init__(self, chosen: settings.Settings, first: Wanted | None = None) -> None:
+        """Nothing happens yet. `first`: what to begin with; None: the last good configuration, from disk.
+
+        Raises kernel.KernelError.
+        """
         self._settings = chosen
-        self._resume = resume
+        self._first = first
         # called, in the event loop, whenever `status` may say something else
         self.on_status: Callable[[], None] = lambda: None
         self._loop = asyncio.get_running_loop()
@@ -93,13 +96,25 @@ class Agent:
             self._program = dataclasses.replace(
                 self._program, watchlist_indexes=places[0], collector_indexes=places[1]
             )
-        self._config.configure(good.spec.node_id if good and good.spec else 0)
+        self._config.configure()
+        older = succession.predecessors(chosen.pin_dir, directory)
+        succession.begin(self._config, directory, older)
         # the exporter starts with the first configuration: reports that waited for this process need a destination
-        if self._resume and good and good.spec:
-            self._commit(Wanted(good.spec, good.generation))
-        self._attacher.start()
+        first = self._first or (Wanted(good.spec, good.generation) if good and good.spec else None)
+        if first:
+            self._begin_with(first)
         self._config.set_enabled(True)
-        _retire_other_builds(chosen.pin_dir, directory, self._program.destinations)
+        self._attacher.start()
+        succession.complete(
+            self._config, directory, older, self._exporter, self._program.destinations
+        )
+
+    def _begin_with(self, first: Wanted) -> None:
+        try:
+            self._commit(first)
+        except classifier.LimitExceeded as error:
+            # `apply` will tell; until then what another process made live stays so
+            log.warning("first configuration refused", error=str(error))
 
     def stop(self) -> None:
         """Send what waits and let go; the datapath stays as it is."""
@@ -281,22 +296,3 @@ class Agent:
             not_ready=self.not_ready,
             topology=self.topology,
         )
-
-
-def _retire_other_builds(
-    pin_dir: Path, directory: Path, destinations: Mapping[int, node_rules.Destination]
-) -> None:
-    """Send what the rings of another version's programs still hold, then unpin them: they are attached nowhere any more."""
-    for other in loader.builds(pin_dir):
-        if other == directory:
-            continue
-        try:
-            left = exporter.Exporter(other / "maps")
-            left.set_destinations(destinations)
-            left.stop()
-        except OSError as error:
-            log.warning(
-                "reports of the older datapath not sent", build=other.name, error=str(error)
-            )
-        loader.remove(other)
-        log.info("older datapath removed", build=other.name)

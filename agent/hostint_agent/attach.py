@@ -139,7 +139,7 @@ class DropLink:
         """Have the current drop program attached. Raises bpf_calls.BpfError."""
         if self._pin.exists() and self._attached() == self._program.id:
             return
-        # the new one first: a packet that dies in between is seen by either, and its slot is used up by the first
+        # the new one first: of two that see a packet die, the first uses up its slot
         link = bpf_calls.raw_tracepoint_open(DROP_TRACEPOINT, self._program.fd)
         try:
             self._pin.unlink(missing_ok=True)
@@ -160,6 +160,7 @@ class Ports:
 
     def __init__(self, maps: Path) -> None:
         self._map = bpf_calls.Map.open(maps / "ports")
+        self._config = kernel.DatapathConfig(maps)
         self._ids = {
             struct.unpack("=I", key)[0]: struct.unpack("=Q", self._map.lookup(key))[0]
             for key in list(self._map.keys())
@@ -173,8 +174,11 @@ class Ports:
             del self._ids[gone]
         for ifindex in sorted(wanted - set(self._ids)):
             port = self._free_port(ifindex)
+            if port != ifindex:
+                self._config.set_port_is_ifindex(False)
             self._map.update(struct.pack("=I", ifindex), struct.pack("=Q", port))
             self._ids[ifindex] = port
+        self._config.set_port_is_ifindex(all(i == port for i, port in self._ids.items()))
         return dict(self._ids)
 
     def _free_port(self, ifindex: int) -> int:

@@ -199,7 +199,8 @@ class Map:
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
-        kind, _, key_bytes, value_bytes, max_entries = struct.unpack_from("=IIIII", _info(fd, 80))
+        kind, number, key_bytes, value_bytes, max_entries = struct.unpack_from("=IIIII", _info(fd, 80))
+        self.id = int(number)
         self.key_bytes = int(key_bytes)
         self.value_bytes = int(value_bytes)
         self.max_entries = int(max_entries)
@@ -298,6 +299,12 @@ class Map:
             if ended:
                 return bytes(result)
             first = False
+
+    def elements(self) -> Iterator[bytes]:
+        """Values of an array in index order; of a per-CPU one all CPUs' values behind each other."""
+        data = self.values()
+        size = len(data) // self.max_entries
+        return (data[at : at + size] for at in range(0, len(data), size))
 
     def memory(self) -> mmap.mmap:
         """Map an mmapable array into this process, read and write; elements are `stride` bytes apart."""

@@ -165,6 +165,8 @@ class Config(ctypes.Structure):
         ("dev_ifindex", ctypes.c_uint32),
         ("dev_net", ctypes.c_uint32),
         ("net_cookie", ctypes.c_uint32),
+        ("hold", ctypes.c_uint32),
+        ("port_is_ifindex", ctypes.c_uint32),
     )
 
 
@@ -274,6 +276,7 @@ class DatapathCounter(enum.IntEnum):
     STALE_DROP = 5
     DROP_EVICTED = 6
     DROP_SNAPSHOT_FAILED = 7
+    DROP_NESTED = 8
 
 
-NR_DATAPATH_COUNTERS = 8
+NR_DATAPATH_COUNTERS = 9

@@ -74,15 +74,20 @@ class Counters:
         self._datapath = bpf_calls.Map.open(maps / "datapath_counters")
         self._drops = bpf_calls.Map.open(maps / "drop_counters")
         self._slots = bpf_calls.Map.open(maps / "slots")
+        self._carried = bpf_calls.Map.open(maps / "carried_watchlist_counters")
+        self._carried_datapath = bpf_calls.Map.open(maps / "carried_datapath_counters")
+        self._carried_drops = bpf_calls.Map.open(maps / "carried_drop_counters")
 
     def watchlist(self, index: int) -> dict[str, int]:
-        """All counters of one watchlist, summed over CPUs and kinds of programs."""
+        """All counters of one watchlist, summed over CPUs and kinds of programs, those of replaced datapaths included."""
         size = self._watchlists.stride
         words = [
             struct.unpack_from(f"={len(WATCHLIST_FIELDS)}Q", raw, cpu * size)
             for raw in map(self._watchlists.lookup, _places(index))
             for cpu in range(self._watchlists.cpus)
         ]
+        carried = self._carried.lookup(struct.pack("=I", index))
+        words.append(struct.unpack(f"={len(WATCHLIST_FIELDS)}Q", carried))
         return {
             name: _signed(sum(cpu[position] for cpu in words))
             for position, name in enumerate(WATCHLIST_FIELDS)
@@ -91,24 +96,20 @@ class Counters:
     def reset(self, indexes: Iterable[int]) -> None:
         """Begin at zero: the place belongs to another watchlist now."""
         zeros = bytes(self._watchlists.stride * self._watchlists.cpus)
-        for key in (key for index in indexes for key in _places(index)):
-            self._watchlists.update(key, zeros)
+        for index in indexes:
+            for key in _places(index):
+                self._watchlists.update(key, zeros)
+            self._carried.update(struct.pack("=I", index), bytes(self._carried.stride))
 
     def datapath(self) -> dict[str, int]:
         """Counters of the programs as a whole, by name in lower case."""
-        totals = self._sums(self._datapath)
+        totals = _sums(self._datapath, self._carried_datapath)
         return {counter.name.lower(): totals[counter] for counter in bpf_types.DatapathCounter}
 
     def drops(self, names: Mapping[int, str]) -> dict[str, int]:
         """Watched packets that died, by the kernel's name of the reason."""
-        totals = self._sums(self._drops)
+        totals = _sums(self._drops, self._carried_drops)
         return {names.get(i, f"reason {i}"): count for i, count in enumerate(totals) if count}
-
-    def _sums(self, opened: bpf_calls.Map) -> list[int]:
-        words = struct.unpack(f"={opened.max_entries * opened.cpus}Q", opened.values())
-        return [
-            sum(words[i * opened.cpus : (i + 1) * opened.cpus]) for i in range(opened.max_entries)
-        ]
 
     def pending(self) -> dict[int, int]:
         """Watched packets that wait in a slot, by watchlist index."""
@@ -127,3 +128,74 @@ class Counters:
     def identity(self, index: int) -> Identity:
         """The accounting identity of one watchlist."""
         return Identity(self.watchlist(index), self.pending().get(index, 0))
+
+
+def _sums(*opened: bpf_calls.Map) -> list[int]:
+    """Sums over CPUs and maps of what is counted in maps of single words, by index."""
+    totals = [0] * max(each.max_entries for each in opened)
+    for each in opened:
+        words = struct.unpack(f"={each.max_entries * each.cpus}Q", each.values())
+        for index in range(each.max_entries):
+            totals[index] += sum(words[index * each.cpus : (index + 1) * each.cpus])
+    return totals
+
+
+def take_over(old_maps: Path, maps: Path) -> None:
+    """Move what the programs of another build have counted to this one's carried counters, once they run no more.
+
+    Packets that were waiting for their outcome then will not get one from anybody: they are unresolved. Raises bpf_calls.BpfError.
+    """
+    carried = bpf_calls.Map.open(maps / "carried_watchlist_counters")
+    for index, counts in sorted(_totals(old_maps).items()):
+        outcomes = sum(counts[name] for name in _OUTCOMES)
+        counts["unresolved"] += counts["watched"] - outcomes
+        key = struct.pack("=I", index)
+        before = struct.unpack(f"={len(WATCHLIST_FIELDS)}Q", carried.lookup(key))
+        fields = zip(before, (counts[name] for name in WATCHLIST_FIELDS), strict=True)
+        after = [(was + more) & _MASK64 for was, more in fields]
+        carried.update(key, struct.pack(f"={len(after)}Q", *after))
+    _clear(old_maps, "watchlist_counters", "carried_watchlist_counters")
+    for name in ("datapath_counters", "drop_counters"):
+        _add(_of(old_maps, name), bpf_calls.Map.open(maps / f"carried_{name}"))
+        _clear(old_maps, name, f"carried_{name}")
+
+
+def _of(maps: Path, name: str) -> list[bpf_calls.Map]:
+    """The map and that of what it had taken over itself; an older version may lack the second."""
+    pins = [maps / name, maps / f"carried_{name}"]
+    return [bpf_calls.Map.open(pin) for pin in pins if pin.exists()]
+
+
+def _totals(maps: Path) -> dict[int, dict[str, int]]:
+    """Counters of each watchlist that has any; versions differ in how many of the fields they have."""
+    totals: dict[int, dict[str, int]] = {}
+    for opened in _of(maps, "watchlist_counters"):
+        fields = WATCHLIST_FIELDS[: opened.value_bytes // 8]
+        for place, raw in enumerate(opened.elements()):
+            if not any(raw):
+                continue
+            empty = dict.fromkeys(WATCHLIST_FIELDS, 0)
+            counts = totals.setdefault(place % bpf_types.MAX_WATCHLISTS, empty)
+            for cpu in range(opened.cpus):
+                words = struct.unpack_from(f"={len(fields)}Q", raw, cpu * opened.stride)
+                for name, count in zip(fields, words, strict=True):
+                    counts[name] += _signed(count)
+    return totals
+
+
+def _add(old: Iterable[bpf_calls.Map], carried: bpf_calls.Map) -> None:
+    totals = _sums(*old)
+    for index, count in enumerate(totals[: carried.max_entries]):
+        if count:
+            key = struct.pack("=I", index)
+            before = struct.unpack("=Q", carried.lookup(key))[0]
+            carried.update(key, struct.pack("=Q", before + count))
+
+
+def _clear(maps: Path, *names: str) -> None:
+    """What was moved must not be moved again by a process that is interrupted and starts anew."""
+    for opened in (bpf_calls.Map.open(maps / name) for name in names if (maps / name).exists()):
+        zeros = bytes(opened.stride * opened.cpus)
+        for place, raw in enumerate(opened.elements()):
+            if any(raw):
+                opened.update(struct.pack("=I", place), zeros)

@@ -153,6 +153,13 @@ class Exporter:
             i: (c.sent, c.failed) for i, c in enumerate(self._rings.counters) if c.sent or c.failed
         }
 
+    def add(self, counted: Mapping[int, tuple[int, int]]) -> None:
+        """Count what another exporter has sent, and failed to send, as this one's own."""
+        with self._turns.mine():
+            for index, (sent, failed) in counted.items():
+                self._rings.counters[index].sent += sent
+                self._rings.counters[index].failed += failed
+
     def _run(self) -> None:
         bell = select.poll()
         bell.register(self._wake, select.POLLIN)

@@ -219,12 +219,11 @@ class DatapathConfig:
         opened.close()
         self._config = bpf_types.Config.from_buffer(self._memory)
 
-    def configure(self, node_id: int) -> None:
-        """Write everything but `enabled`. Raises KernelError."""
+    def configure(self) -> None:
+        """Write what depends on this kernel and namespace; programs may be running already. Raises KernelError."""
         for field, value in dataclasses.asdict(offsets()).items():
             setattr(self._config, field, value)
         self._config.netns_cookie = netns_cookie()
-        self._config.node_id = node_id
         self.refresh_wall_offset()
         table = bpf_calls.Map.open(self._maps / "drop_reasons")
         for index, value in drop_reason_entries(drop_reason_names()).items():
@@ -238,6 +237,14 @@ class DatapathConfig:
     def set_enabled(self, enabled: bool) -> None:
         """Let the programs look at packets, or return at once."""
         self._config.enabled = int(enabled)
+
+    def set_hold(self, hold: bool) -> None:
+        """Let the programs observe and count, but report nothing; or let them report."""
+        self._config.hold = int(hold)
+
+    def set_port_is_ifindex(self, same: bool) -> None:
+        """Spare the programs the look at the port ids, if every interface has its index for one."""
+        self._config.port_is_ifindex = int(same)
 
     def set_node_id(self, node_id: int) -> None:
         """Change the node id that reports carry."""

@@ -3,6 +3,9 @@
 
 Pins: `PIN/<build>/maps/<map>`, `PIN/<build>/programs/<program>`. Attaching is `attach`'s business. A build is made and removed under
 another name, `PIN/<build>-partial`: whoever is killed at whatever moment, `PIN/<build>` is whole or not there.
+
+The first half of a build's name says what its maps are like. Where a build is pinned whose half is the same, the programs of another
+one are loaded with its maps, which are then pinned in both places: nothing that is in them is lost by an upgrade, or by the way back.
 """
 
 import argparse
@@ -17,6 +20,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent import futures
 from pathlib import Path
 
 from hostint_agent import bpf_calls
@@ -24,6 +28,7 @@ from hostint_agent import bpf_calls
 PROGRAMS = ("ingress", "egress", "drop")
 MAIN_SOURCE = "int_host.c"
 _BUILD = re.compile(r"[0-9a-f]{16}")
+_LAYOUT_DIGITS = 8
 _PARTIAL = "-partial"
 _MAP = re.compile(r"^PINNED_\w+\((\w+),", re.MULTILINE)
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([\w.]+)"\s*$')
@@ -33,13 +38,21 @@ _RING_RECORDS_TOTAL = 65536
 _LOAD_TIMEOUT_S = 120
 _PR_SET_PDEATHSIG = 1
 
-# bcc rewrites map access by these declarations; ":" and a path behind the type pin the map there
+# bcc rewrites map access by these declarations, and makes the maps; those that another build's stand in for are made small
 _PRELUDE = """
-#define PINNED_ARRAY(name, leaf, n) BPF_F_TABLE("array:" PIN_MAPS #name, u32, leaf, name, n, 0)
-#define PINNED_MMAPABLE(name, leaf, n) BPF_F_TABLE("array:" PIN_MAPS #name, u32, leaf, name, n, 1024)
-#define PINNED_PERCPU_ARRAY(name, leaf, n) BPF_F_TABLE("percpu_array:" PIN_MAPS #name, u32, leaf, name, n, 0)
-#define PINNED_HASH(name, key, leaf, n) BPF_F_TABLE("hash:" PIN_MAPS #name, key, leaf, name, n, 0)
+#ifdef MAPS_ARE_THERE
+#define ENTRIES(n) 1
+#else
+#define ENTRIES(n) n
+#endif
+#define PINNED_ARRAY(name, leaf, n) BPF_F_TABLE("array", u32, leaf, name, ENTRIES(n), 0)
+#define PINNED_MMAPABLE(name, leaf, n) BPF_F_TABLE("array", u32, leaf, name, ENTRIES(n), 1024)
+#define PINNED_PERCPU_ARRAY(name, leaf, n) BPF_F_TABLE("percpu_array", u32, leaf, name, ENTRIES(n), 0)
+#define PINNED_HASH(name, key, leaf, n) BPF_F_TABLE("hash", key, leaf, name, ENTRIES(n), 0)
 """
+# in the style of our sources: the body of a function is between a line that is "{" and one that is "}"
+_FUNCTION = re.compile(r"^\w[^#;{}]*\)\n\{\n.*?^\}$", re.MULTILINE | re.DOTALL)
+_COMMENT = re.compile(r"/\*.*?\*/|//[^\n]*|^#line [^\n]*", re.MULTILINE | re.DOTALL)
 
 
 class LoadError(Exception):
@@ -106,8 +119,28 @@ def read_source(bpf_dir: Path, cpus: int | None = None) -> Source:
         text = "\n".join(_inline(bpf_dir / MAIN_SOURCE, set()))
     except OSError as error:
         raise LoadError(f"bpf sources: {error.filename}: {error.strerror}") from error
-    digest = hashlib.sha256((text + " ".join(defines) + _PRELUDE).encode()).hexdigest()
-    return Source(text=text, defines=defines, build=digest[:16])
+    made_with = [*defines, _PRELUDE]
+    layout = _digest(" ".join(_FUNCTION.sub("", _COMMENT.sub("", text)).split()), *made_with)
+    build = layout[:_LAYOUT_DIGITS] + _digest(text, *made_with)[_LAYOUT_DIGITS:]
+    return Source(text=text, defines=defines, build=build)
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def have_same_maps(one: Path, other: Path) -> bool:
+    """True if the maps of two builds are alike; both pin the same ones then."""
+    return one.name[:_LAYOUT_DIGITS] == other.name[:_LAYOUT_DIGITS]
+
+
+def _to_take_over(pin_dir: Path, directory: Path, source: Source) -> Path | None:
+    """The pinned maps that a new build goes on with, if another one left all that it needs."""
+    for other in builds(pin_dir):
+        maps = other / "maps"
+        if have_same_maps(other, directory) and all((maps / n).exists() for n in source.maps):
+            return maps
+    return None
 
 
 def current(pin_dir: Path, bpf_dir: Path | None = None) -> Path:
@@ -170,7 +203,7 @@ def load(pin_dir: Path, bpf_dir: Path | None = None) -> Path:
     if _is_loaded(directory, source):
         return directory
     if directory.exists():
-        remove(directory)  # bcc could not take its maps over
+        remove(directory)  # some of it is missing
     command = [sys.executable, "-m", "hostint_agent.loader"]
     command += ["--pin-dir", str(pin_dir), "--bpf-dir", str(bpf_dir), "--parent", str(os.getpid())]
     try:
@@ -206,13 +239,35 @@ def compile_and_pin(pin_dir: Path, bpf_dir: Path) -> None:
     maps, programs = _partial(directory) / "maps", _partial(directory) / "programs"
     maps.mkdir(parents=True)
     programs.mkdir()
-    flags = [*source.defines, f'-DPIN_MAPS="{maps}/"', "-Wno-everything", *_header_flags(bpf_dir)]
+    there = _to_take_over(pin_dir, directory, source)
+    flags = [*source.defines, "-Wno-everything", *_header_flags(bpf_dir)]
+    flags += ["-DMAPS_ARE_THERE"] if there else []
     module = bcc.BPF(text=_PRELUDE + source.text, cflags=flags)
+    for name in sorted(source.maps):
+        descriptor = bcc.lib.bpf_table_fd(module.module, name.encode())
+        if there:
+            # the programs know their maps by descriptor until the kernel has loaded them
+            _replace(descriptor, there / name)
+        bpf_calls.obj_pin(descriptor, maps / name)
     kinds = {"drop": bcc.BPF.RAW_TRACEPOINT}
-    for name in PROGRAMS:
+
+    def verify(name: str) -> None:
         function = module.load_func(name, kinds.get(name, bcc.BPF.SCHED_CLS))
         bpf_calls.obj_pin(function.fd, programs / name)
+
+    # side by side: verifying takes the kernel a third of all the time
+    with futures.ThreadPoolExecutor(len(PROGRAMS)) as threads:
+        list(threads.map(verify, reversed(PROGRAMS)))
     _partial(directory).rename(directory)
+
+
+def _replace(descriptor: int, pin: Path) -> None:
+    """Have a descriptor be one of what is pinned there."""
+    pinned = bpf_calls.obj_get(pin)
+    try:
+        os.dup2(pinned, descriptor, inheritable=False)
+    finally:
+        os.close(pinned)
 
 
 def _die_with(parent: int) -> None:

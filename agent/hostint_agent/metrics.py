@@ -34,6 +34,7 @@ _DATAPATH_HELP = {
     "stale_drop": "Drops of packets that only had the address of a watched one",
     "drop_evicted": "Flows forgotten for a drop because their part of the table was full",
     "drop_snapshot_failed": "Drop reports without inner packet because it could not be read",
+    "drop_nested": "Drops not looked at because two versions of the drop program met on a CPU during an upgrade",
 }
 
 

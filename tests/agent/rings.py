@@ -22,11 +22,18 @@ _SO_RCVBUFFORCE = 33
 RING_SIZE = 128
 
 
-def _create(path: Path, value_bytes: int, entries: int) -> bpf_calls.Map:
-    attr = struct.pack("=IIIII", _ARRAY, 4, value_bytes, entries, _MMAPABLE)
+def make_map(
+    path: Path, kind: int, value_bytes: int, entries: int, flags: int = 0
+) -> bpf_calls.Map:
+    """Make and pin a map with keys of four bytes."""
+    attr = struct.pack("=IIIII", kind, 4, value_bytes, entries, flags)
     fd = bpf_calls.bpf(_MAP_CREATE, attr, f"create {path.name}")
     bpf_calls.obj_pin(fd, path)
     return bpf_calls.Map(fd)
+
+
+def _create(path: Path, value_bytes: int, entries: int) -> bpf_calls.Map:
+    return make_map(path, _ARRAY, value_bytes, entries, _MMAPABLE)
 
 
 class Rings:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attaching without traffic: who is first on a hook, how long we insist, and what a kernel without TCX gets."""
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -12,10 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from hostint_agent import attach, bpf_calls, clsact
+from hostint_agent import attach, bpf_calls, bpf_types, clsact
+from tests.agent.rings import make_map
 from tests.lab import cni
 from tests.lab.namespace import Namespace, ip
 from tests.lab.topology import Node
+
+_HASH, _ARRAY, _MMAPABLE = 1, 2, 1024
 
 
 class Clock:
@@ -37,6 +41,31 @@ def test_we_insist_at_once_at_first_and_once_in_five_seconds_for_ever():
     assert granted == 20 + int(599.75 / 5)
     clock.now += 3600
     assert [patience.spend() for _ in range(21)] == [True] * 20 + [False]
+
+
+@pytest.mark.bpf
+def test_ports_are_looked_up_only_where_one_is_not_its_index():
+    with tempfile.TemporaryDirectory(prefix="hostint-ports-", dir="/sys/fs/bpf") as directory:
+        maps = Path(directory)
+        make_map(maps / "ports", _HASH, 8, 64)
+        config = make_map(maps / "config", _ARRAY, ctypes.sizeof(bpf_types.Config), 1, _MMAPABLE)
+
+        def is_index() -> int:
+            return bpf_types.Config.from_buffer_copy(config.lookup(bytes(4))).port_is_ifindex
+
+        ports = attach.Ports(maps)
+        assert is_index() == 0
+        assert ports.assign([2, 70]) == {2: 2, 70: 70}
+        assert is_index() == 1
+        assert ports.assign([2, 70_000]) == {2: 2, 70_000: 65535}
+        assert is_index() == 0
+        assert ports.assign([2, 65535, 70_000]) == {2: 2, 65535: 65534, 70_000: 65535}
+        assert ports.assign([2, 65535]) == {2: 2, 65535: 65534}
+        assert is_index() == 0
+        # another process finds the ids as they are
+        assert attach.Ports(maps).assign([2, 65535]) == {2: 2, 65535: 65534}
+        assert ports.assign([2]) == {2: 2}
+        assert is_index() == 1
 
 
 @pytest.fixture

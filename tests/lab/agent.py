@@ -31,6 +31,7 @@ class LabAgent:
         self.file.write_text(objects)
         self.log = self._directory / "agent.log"
         self.pin_dir = Path(f"/sys/fs/bpf/{node.namespace.name}")
+        self.bpf_dir = loader.default_bpf_dir()
         self._options = options
         self._process: subprocess.Popen[str] | None = None
         lab.on_exit(self.remove)
@@ -44,15 +45,20 @@ class LabAgent:
     def start(self) -> Self:
         """Start it and wait until it is ready."""
         command = [sys.executable, "-m", "hostint_agent", "standalone", str(self.file)]
-        command += ["--pin-dir", str(self.pin_dir), "--state-dir", str(self._directory)]
+        command += ["--pin-dir", str(self.pin_dir), "--bpf-dir", str(self.bpf_dir)]
+        command += ["--state-dir", str(self._directory)]
         command += ["--node", self.node.namespace.name, "--node-id", self.node.address]
         command += ["--http", _HTTP, "--keep", "--log-format", "json", *self._options]
+        before = self._times_replaced()
         with self.log.open("a") as log:
             self._process = self.node.namespace.popen(*command, stdout=log, stderr=log)
-        self._wait_ready()
+        self._wait_ready(before)
         return self
 
-    def _wait_ready(self) -> None:
+    def _times_replaced(self) -> int:
+        return self.log.read_text().count("rules replaced") if self.log.exists() else 0
+
+    def _wait_ready(self, before: int) -> None:
         deadline = time.monotonic() + _READY_S
         process = self._process
         assert process
@@ -60,7 +66,7 @@ class LabAgent:
             if process.poll() is not None:
                 raise RuntimeError(f"the agent ended: {self.log.read_text()[-2000:]}")
             with contextlib.suppress(OSError, urllib.error.URLError):
-                if self.get("/readyz").strip() == "ok":
+                if self.get("/readyz").strip() == "ok" and self._times_replaced() > before:
                     return
             time.sleep(0.05)
         raise TimeoutError(
@@ -79,12 +85,12 @@ class LabAgent:
 
     def change(self, objects: str) -> None:
         """Give it other objects, and wait until they are live."""
-        before = self.log.read_text().count("rules replaced")
+        before = self._times_replaced()
         fresh = self.file.with_suffix(".new")
         fresh.write_text(objects)
         os.replace(fresh, self.file)
         deadline = time.monotonic() + 10
-        while self.log.read_text().count("rules replaced") == before:
+        while self._times_replaced() == before:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"new objects not live: {self.log.read_text()[-1000:]}")
             time.sleep(0.02)
@@ -98,7 +104,7 @@ class LabAgent:
     @property
     def maps(self) -> Path:
         """Where its maps are pinned."""
-        return loader.current(self.pin_dir) / "maps"
+        return loader.current(self.pin_dir, self.bpf_dir) / "maps"
 
     def identity(self, watchlist: str = "test") -> counters.Identity:
         """The accounting identity of one watchlist that is live."""

@@ -53,7 +53,8 @@ class Datapath:
         self.tables = tables.Tables(self.maps)
         self.counters = counters.Counters(self.maps)
         self.config = kernel.DatapathConfig(self.maps)
-        namespace.inside(lambda: self.config.configure(1))
+        namespace.inside(self.config.configure)
+        self.config.set_node_id(1)
         self._links: list[int] = []
         self._rings = _RingReader(self.maps)
 

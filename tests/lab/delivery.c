@@ -8,6 +8,7 @@
  *	gso=N       N datagrams for a call, which the kernel cuts (UDP_SEGMENT), put together again where it can (UDP_GRO)
  *	trunc       receivers read 8 bytes of each
  *	stamp       the sender asks for transmit timestamps and never reads them: clones in its error queue
+ *	rate=N      so many datagrams a second, not as fast as can be
  *	join=NAME   the receivers join the group address on that interface
  *   delivery waste NETNS ADDRESS...
  *	sends to these IPv4 addresses by turns until it is killed
@@ -54,7 +55,7 @@ struct shared {
 static struct sockaddr_storage target;
 static socklen_t target_bytes;
 static int family, port, sockets = 1, with_raw, segments, truncate_reads, stamp;
-static unsigned long count, size;
+static unsigned long count, size, rate;
 static const char *join = "";
 static struct shared *shared;
 
@@ -223,12 +224,29 @@ static int wait_for_room(unsigned long sent, int receivers)
 	return 0;
 }
 
+static double seconds(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return now.tv_sec + now.tv_nsec * 1e-9;
+}
+
+static void wait_until_due(unsigned long sent, double begun)
+{
+	struct timespec pause = { 0, 50000 };
+
+	while (rate && sent > (seconds() - begun) * rate)
+		nanosleep(&pause, NULL);
+}
+
 static unsigned long transmit(int receivers)
 {
 	static char data[MAX_BYTES];
 	struct mmsghdr heads[BATCH];
 	struct iovec content = { data, size * (segments ? segments : 1) };
 	unsigned long each = segments ? segments : 1, sent = 0;
+	double begun = seconds();
 	int fd = open_sender();
 
 	for (int i = 0; i < BATCH; i++)
@@ -239,6 +257,7 @@ static unsigned long transmit(int receivers)
 
 		if ((unsigned long)batch * each > count - sent)
 			batch = (count - sent) / each;
+		wait_until_due(sent, begun);
 		if (!wait_for_room(sent, receivers))
 			break;
 		done = sendmmsg(fd, heads, batch, 0);
@@ -277,6 +296,8 @@ static void options(int argc, char **argv)
 			sockets = atoi(argv[i] + 8);
 		else if (!strncmp(argv[i], "gso=", 4))
 			segments = atoi(argv[i] + 4);
+		else if (!strncmp(argv[i], "rate=", 5))
+			rate = strtoul(argv[i] + 5, NULL, 10);
 		else if (!strncmp(argv[i], "join=", 5))
 			join = argv[i] + 5;
 		else if (!strcmp(argv[i], "raw"))

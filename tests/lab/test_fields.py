@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every field of a watchlist, and of a collector, does what it says."""
 
+import struct
+
 import pytest
 
+from hostint_agent import bpf_calls, bpf_types
 from tests.lab import scene as scenes
 from tests.lab import traffic
 
@@ -165,3 +168,24 @@ def test_snap_length_and_dscp(scene):
     assert report["inner"]["truncated"]
     assert frame[15] >> 2 == 46
     assert int.from_bytes(frame[38:40], "big") == 8 + 28 + 42
+
+
+def test_a_report_carries_the_port_id_that_an_interface_was_given(scene):
+    """Interfaces whose index has no room in 16 bits are given another number; nothing is looked up where none is like that."""
+    maps, node = scene.agents[0].maps, scene.nodes[0]
+    index = node.port(scene.pods()[0].interface)
+    config = bpf_types.Config.from_buffer(bpf_calls.Map.open(maps / "config").memory())
+    ports = bpf_calls.Map.open(maps / "ports")
+    scene.watch(scenes.watchlist(f"{TO_PODS}}}"))
+    assert config.port_is_ifindex == 1
+    ports.update(struct.pack("=I", index), struct.pack("=Q", 65535))
+    try:
+        for is_index, expected in ((0, 65535), (1, index)):
+            config.port_is_ifindex = is_index
+            source_port = send(scene, 5000)
+            report = scene.wait_reports(node, sourcePort=source_port)[0]
+            assert report["ingressPort"] == expected
+            assert report["egressPort"] == node.port("eth0")
+    finally:
+        ports.update(struct.pack("=I", index), struct.pack("=Q", index))
+        config.port_is_ifindex = 1

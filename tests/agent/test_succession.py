@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a datapath had counted is counted on by the one that replaces it, whichever of the two has more counters."""
+
+import struct
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from hostint_agent import bpf_calls, bpf_types, counters
+from tests.agent.rings import make_map
+
+pytestmark = pytest.mark.bpf
+FIELDS = counters.WATCHLIST_FIELDS
+USERS = bpf_types.NR_COUNTER_USERS * bpf_types.MAX_WATCHLISTS
+_ARRAY, _PERCPU_ARRAY = 2, 6
+
+
+@pytest.fixture
+def pins():
+    with tempfile.TemporaryDirectory(prefix="hostint-succession-", dir="/sys/fs/bpf") as directory:
+        yield Path(directory)
+
+
+def make(pins: Path, name: str, fields: int = len(FIELDS), numbers: int = 9) -> Path:
+    """The maps of a datapath whose watchlists have so many counters, and that has so many of its own."""
+    maps = pins / name
+    maps.mkdir()
+    shapes = {
+        "watchlist_counters": (_PERCPU_ARRAY, 8 * fields, USERS),
+        "datapath_counters": (_PERCPU_ARRAY, 8, numbers),
+        "drop_counters": (_PERCPU_ARRAY, 8, bpf_types.DROP_REASONS),
+        "carried_watchlist_counters": (_ARRAY, 8 * fields, bpf_types.MAX_WATCHLISTS),
+        "carried_datapath_counters": (_ARRAY, 8, numbers),
+        "carried_drop_counters": (_ARRAY, 8, bpf_types.DROP_REASONS),
+        "slots": (_ARRAY, 64, 16),
+    }
+    for map_name, shape in shapes.items():
+        make_map(maps / map_name, *shape)
+    return maps
+
+
+def put(maps: Path, name: str, index: int, *per_cpu: tuple[int, ...]) -> None:
+    """Words of one element, for each CPU; what is not given is 0."""
+    opened = bpf_calls.Map.open(maps / name)
+    value = b"".join(
+        struct.pack(f"={len(words)}q", *words).ljust(opened.stride, b"\0") for words in per_cpu
+    )
+    opened.update(struct.pack("=I", index), value.ljust(opened.stride * opened.cpus, b"\0"))
+
+
+def words(**fields: int) -> tuple[int, ...]:
+    return tuple(fields.get(name, 0) for name in FIELDS)
+
+
+def test_counters_of_all_cpus_and_programs_go_over_and_what_waited_is_unresolved(pins):
+    old, new = make(pins, "old"), make(pins, "new")
+    put(
+        old,
+        "watchlist_counters",
+        3,
+        words(watched=100, reported=7),
+        words(watched=-1, suppressed=80),
+    )
+    put(old, "watchlist_counters", 256 + 3, words(watched=2, dropped=5, drops_reported=5))
+    put(old, "datapath_counters", 4, (6,), (1,))
+    put(old, "drop_counters", 80, (5,))
+    put(new, "watchlist_counters", 3, words(watched=10, suppressed=9))
+    put(new, "datapath_counters", 4, (1,))
+    counters.take_over(old, new)
+    found = counters.Counters(new)
+    after = found.identity(3)
+    assert after.counters["watched"] == 111
+    assert after.counters["unresolved"] == 101 - 7 - 80 - 5
+    assert (after.counters["suppressed"], after.counters["dropped"]) == (89, 5)
+    # what the new programs have not decided yet is as it was
+    assert after.watched_difference == 1
+    assert found.datapath()["slot_busy"] == 8
+    assert found.drops({80: "NETFILTER_DROP"}) == {"NETFILTER_DROP": 5}
+    assert found.watchlist(4)["watched"] == 0
+
+
+def test_a_second_attempt_adds_nothing_and_a_second_upgrade_everything(pins):
+    first, second, third = (make(pins, name) for name in ("first", "second", "third"))
+    put(first, "watchlist_counters", 1, words(watched=10, suppressed=10))
+    put(first, "drop_counters", 2, (3,))
+    counters.take_over(first, second)
+    counters.take_over(first, second)
+    put(second, "watchlist_counters", 1, words(watched=5, suppressed=5))
+    counters.take_over(second, third)
+    counters.take_over(second, third)
+    assert counters.Counters(third).watchlist(1)["watched"] == 15
+    assert counters.Counters(third).drops({2: "NO_SOCKET"}) == {"NO_SOCKET": 3}
+    assert counters.Counters(second).watchlist(1)["watched"] == 0
+
+
+@pytest.mark.parametrize(("fields", "numbers"), [(15, 7), (20, 12)], ids=["fewer", "more"])
+def test_a_version_with_other_numbers_of_counters_gives_those_that_both_have(pins, fields, numbers):
+    old, new = make(pins, "old", fields, numbers), make(pins, "new")
+    given = (*words(watched=50, suppressed=50), 1, 2, 3)[:fields]
+    put(old, "watchlist_counters", 1, given)
+    put(old, "datapath_counters", 6, (4,))
+    put(old, "datapath_counters", numbers - 1, (4,))
+    counters.take_over(old, new)
+    after = counters.Counters(new).watchlist(1)
+    assert (after["watched"], after["suppressed"], after["unresolved"]) == (50, 50, 0)
+    assert counters.Counters(new).datapath()["drop_evicted"] == 4
+
+
+def test_a_watchlist_that_is_another_one_now_begins_at_zero(pins):
+    old, new = make(pins, "old"), make(pins, "new")
+    put(old, "watchlist_counters", 1, words(watched=50, suppressed=50))
+    counters.take_over(old, new)
+    opened = counters.Counters(new)
+    assert opened.watchlist(1)["watched"] == 50
+    opened.reset([1])
+    assert not any(opened.watchlist(1).values())
+
+
+def test_an_older_version_without_carried_counters_can_be_taken_over(pins):
+    old, new = make(pins, "old"), make(pins, "new")
+    for pin in list(old.iterdir()):
+        if pin.name.startswith("carried"):
+            pin.unlink()
+    put(old, "watchlist_counters", 1, words(watched=50, suppressed=50))
+    counters.take_over(old, new)
+    assert counters.Counters(new).watchlist(1)["watched"] == 50
