@@ -37,8 +37,8 @@ try: setup ## a taste in half a minute: one node and its pods as namespaces, rea
 demo: setup ## the whole thing on a real two-node Kubernetes (KEEP=1 leaves it running)
 	@$(PYTHON) -m tests.e2e.demo $(if $(KEEP),--keep)
 
-bench: setup ## what it costs on this machine: a table, build/bench.json, plots (QUICK=1: within a minute)
-	@$(PYTHON) -m tests.bench $(if $(QUICK),--quick)
+bench: setup ## what it costs on this machine: a table, build/bench.json, plots (QUICK=1: within a minute; KEEP=1: keep the table in docs/)
+	@$(PYTHON) -m tests.bench $(if $(QUICK),--quick) $(if $(KEEP),--keep)
 
 test: setup lint ## all tests: what needs no cluster first, then those on a real Kubernetes
 	@$(PYTEST) -m "not cluster"

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hostint_agent.__main__ import ensure_bpffs
-from tests.bench import node, plots, results
+from tests.bench import kept, node, plots, results
 from tests.bench.figure import Figure
 
 # in the order of the table
-_ORDER = ("forwarding", "rules", "flows", "share", "reports", "export", "change", "agent")
+_ORDER = ("forwarding", "rules", "flows", "share", "reports", "export", "change", "attach", "agent")
 BENCHES = tuple(name for name in _ORDER if importlib.util.find_spec(f"tests.bench.{name}"))
 _ROOT = Path(__file__).parents[2]
 _DEFAULT_TAKES_S = (8, 60)
@@ -77,9 +77,17 @@ def _arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "--bpf-dir", type=Path, metavar="DIR", help="other sources of the datapath (default: bpf)"
     )
     parser.add_argument(
+        "--keep",
+        action="store_true",
+        help="write the table to docs/, to be compared with from now on; not with --quick or --only",
+    )
+    parser.add_argument(
         "--check", action="store_true", help="exit with 1 when a goal is not reached"
     )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.keep and (options.quick or options.only != BENCHES):
+        parser.error("--keep needs all of it: not with --quick or --only")
+    return options
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -139,7 +147,10 @@ def main(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("\nstopped; namespaces and programs are gone")
         return 130
-    results.show(outcome.figures)
+    before = kept.load()
+    results.show(outcome.figures, compared=lambda figure: kept.change(figure, before))
+    if options.keep and not outcome.failed:
+        kept.save(outcome.figures, machine.facts())
     for path in (options.output, *drawn):
         print(path)
     return _status(outcome, options.check)
@@ -148,6 +159,10 @@ def main(arguments: Sequence[str]) -> int:
 def _status(outcome: Outcome, check: bool) -> int:
     for name, error in outcome.failed.items():
         print(f"{name} could not run: {error}", file=sys.stderr)
+    before = kept.load()
+    worse = [f.key for f in outcome.figures if f.shown and kept.change(f, before)[1]]
+    if worse:
+        print(f"Worse by more than 10 % than what was kept: {', '.join(worse)}")
     missed = [figure.key for figure in outcome.figures if figure.reached is False]
     if missed:
         print(f"Goals not reached: {', '.join(missed)}", file=sys.stderr if check else sys.stdout)

@@ -24,7 +24,7 @@ PACKETS = 20_480
 QUICK_PACKETS = 10_240
 _WARM_UP = 4096
 FLOW_WAYS = 4
-_MOST_UNRESOLVED = 0.05
+_MOST_UNRESOLVED = 0.001
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,8 @@ import rich.text
 from tests.bench.figure import Figure
 
 VERSION = 1
-_COLUMNS = ("what", "value", "unit", "goal", "reached", "baseline")
+_COLUMNS = ("what", "value", "kept", "unit", "goal", "reached", "baseline")
+_TO_THE_RIGHT = ("value", "kept", "goal")
 _WIDTH_OF_A_FILE = 160
 
 
@@ -105,7 +106,15 @@ def number(value: float) -> str:
     )
 
 
-def show(figures: Sequence[Figure], console: rich.console.Console | None = None) -> None:
+# of a figure: the value that was kept of it with the change since, and whether it is worse now
+Comparison = Callable[[Figure], tuple[str, bool]]
+
+
+def show(
+    figures: Sequence[Figure],
+    console: rich.console.Console | None = None,
+    compared: Comparison = lambda _: ("", False),
+) -> None:
     """Print the table."""
     console = console or rich.console.Console()
     if not console.is_terminal:
@@ -114,10 +123,10 @@ def show(figures: Sequence[Figure], console: rich.console.Console | None = None)
         box=rich.box.SIMPLE, show_edge=False, padding=(0, 1, 0, 0), header_style="bold"
     )
     for column in _COLUMNS:
-        table.add_column(column, justify="right" if column in ("value", "goal") else "left")
+        table.add_column(column, justify="right" if column in _TO_THE_RIGHT else "left")
     for _, group in itertools.groupby((f for f in figures if f.shown), _section):
         for figure in group:
-            table.add_row(*_row(figure))
+            table.add_row(*_row(figure, compared))
         table.add_section()
     console.print()
     console.print(table)
@@ -128,10 +137,13 @@ def _section(figure: Figure) -> str:
     return figure.key.split("_")[0]
 
 
-def _row(figure: Figure) -> tuple[str | rich.text.Text, ...]:
+def _row(figure: Figure, compared: Comparison) -> tuple[str | rich.text.Text, ...]:
     goal = f"{figure.compare} {number(figure.goal)}" if figure.goal is not None else ""
     reached: str | rich.text.Text = ""
     if figure.reached is not None:
         word, style = ("yes", "green") if figure.reached else ("no", "bold red")
         reached = rich.text.Text(word, style=style)
-    return figure.what, number(figure.value), figure.unit, goal, reached, figure.baseline
+    kept, worse = compared(figure)
+    before = rich.text.Text(kept, style="bold yellow" if worse else "dim")
+    value = number(figure.value)
+    return figure.what, value, before, figure.unit, goal, reached, figure.baseline

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benches run, measure what they say, and write what docs/benchmarks.md promises."""
+"""The benches run, measure what they say, and write what docs/performance.md promises."""
 
 import contextlib
 import fnmatch
@@ -18,13 +18,13 @@ import pytest
 
 from hostint_agent import classifier
 from tests.bench import __main__ as bench
-from tests.bench import agent, forwarding, generator, measure, plots, rule_sets, share
+from tests.bench import agent, forwarding, generator, kept, measure, plots, rule_sets, share
 from tests.bench import node as nodes
 from tests.bench.figure import Figure
 from tests.bench.measure import Variant
 
 pytestmark = pytest.mark.lab
-DOCS = Path(__file__).parents[2] / "docs" / "benchmarks.md"
+DOCS = Path(__file__).parents[2] / "docs" / "performance.md"
 REPORT_HEADER_BYTES = 28
 
 
@@ -240,3 +240,62 @@ def test_the_cpu_time_of_a_child_counts():
 def test_too_few_figures_draw_nothing(tmp_path):
     assert plots.draw([], tmp_path) == []
     assert list(tmp_path.iterdir()) == []
+
+
+FIGURES = [
+    Figure("cost", "cost of a packet", 0.25, "ratio", "<=", 0.2, "600 ns/packet"),
+    Figure("rate", "reports", 1_200_000, "reports/s", ">=", 1_000_000),
+    Figure("lost", "reports lost", 0, "reports", "==", 0),
+    Figure("point", "of a plot", 1.0, "ns", shown=False),
+]
+MACHINE = {"date": "2026-01-01", "kernel": "6.18", "cpu": "any", "cpus": 2}
+
+
+@pytest.fixture
+def docs(tmp_path):
+    (tmp_path / kept.PAGE).write_text(f"before\n{kept._BEGIN}\nold\n{kept._END}\nafter\n")
+    return tmp_path
+
+
+def test_a_kept_table_is_there_to_read_and_to_compare_with(docs):
+    kept.save(FIGURES, MACHINE, docs)
+    kept.save(FIGURES, MACHINE, docs)
+    page = (docs / kept.PAGE).read_text()
+    assert page.startswith("before\n") and page.endswith("after\n") and "old" not in page
+    assert page.count("| cost of a packet | 0.25 | ratio | <= 0.2 | **no** | 600 ns/packet |") == 1
+    assert "2026-01-01, kernel 6.18" in page and "of a plot" not in page
+    assert kept.load(docs) == {"cost": 0.25, "rate": 1_200_000, "lost": 0, "point": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words", "worse"),
+    [
+        ("cost", 0.27, "0.25 (+8%)", False),
+        ("cost", 0.28, "0.25 (+12%)", True),
+        ("cost", 0.1, "0.25 (-60%)", False),
+        ("rate", 1_000_000, "1,200,000 (-17%)", True),
+        ("rate", 2_000_000, "1,200,000 (+67%)", False),
+        ("lost", 0, "0", False),
+        ("lost", 1, "0", True),
+        ("new", 1, "", False),
+    ],
+)
+def test_what_is_worse_than_what_was_kept_shows(docs, key, value, words, worse):
+    kept.save(FIGURES, MACHINE, docs)
+    compare = next((f.compare for f in FIGURES if f.key == key), "<=")
+    found = Figure(key, key, value, "", compare, 1)
+    assert kept.change(found, kept.load(docs)) == (words, worse)
+
+
+def test_a_page_without_a_place_for_the_table_is_left_alone(tmp_path):
+    (tmp_path / kept.PAGE).write_text("nothing here\n")
+    with pytest.raises(kept.NotKept, match="has no '<!-- table"):
+        kept.save(FIGURES, MACHINE, tmp_path)
+    assert kept.load(tmp_path) == {}
+
+
+def test_only_a_whole_run_is_kept(capsys):
+    for more in (["--quick"], ["--only", "share"]):
+        with pytest.raises(SystemExit):
+            bench.main(["--keep", *more])
+    assert "--keep needs all of it" in capsys.readouterr().err
