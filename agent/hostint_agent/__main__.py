@@ -172,7 +172,7 @@ async def run_in_cluster(chosen: settings.Settings) -> None:
         await asyncio.to_thread(start, process)
         log.info("agent started", node=chosen.node, version=agent.VERSION)
         try:
-            async with process.serve():
+            with process.serve():
                 await _until_stopped(
                     config.watch(),
                     _apply_latest(process, queue),
@@ -200,7 +200,7 @@ async def run_standalone(
     await asyncio.to_thread(start, process)
     try:
         hand_over(spec)
-        async with process.serve():
+        with process.serve():
             log.info("agent started", node=chosen.node, version=agent.VERSION)
             await _until_stopped(
                 standalone.follow(paths, node_id, hand_over),

@@ -288,7 +288,7 @@ class Agent:
         )
 
     def serve(self) -> Any:
-        """The HTTP server, as an asynchronous context."""
+        """The HTTP server, as a context."""
         return http.serve(
             self._settings.http,
             metrics=self.metrics,

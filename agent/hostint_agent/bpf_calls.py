@@ -8,6 +8,7 @@ import mmap
 import os
 import platform
 import struct
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -208,6 +209,8 @@ class Map:
         self.stride = (self.value_bytes + 7) // 8 * 8
         self._key = ctypes.create_string_buffer(self.key_bytes)
         self._value = ctypes.create_string_buffer(self.stride * self.cpus)
+        # key and value are places that every call uses
+        self._turn = threading.Lock()
 
     @classmethod
     def open(cls, path: Path) -> "Map":
@@ -234,24 +237,28 @@ class Map:
 
     def lookup(self, key: bytes) -> bytes:
         """Value of a key, for per-CPU maps all CPUs' values behind each other. Raises BpfError (ENOENT)."""
-        self._element(MAP_LOOKUP_ELEM, key, 0, "map lookup")
-        return self._value.raw
+        with self._turn:
+            self._element(MAP_LOOKUP_ELEM, key, 0, "map lookup")
+            return self._value.raw
 
     def update(self, key: bytes, value: bytes) -> None:
         """Set the value of a key; for per-CPU maps `value` holds all CPUs' values."""
-        ctypes.memmove(self._value, value, len(value))
-        self._element(MAP_UPDATE_ELEM, key, 0, "map update")
+        with self._turn:
+            ctypes.memmove(self._value, value, len(value))
+            self._element(MAP_UPDATE_ELEM, key, 0, "map update")
 
     def delete(self, key: bytes) -> None:
         """Remove a key of a hash. Raises BpfError (ENOENT)."""
-        ctypes.memmove(self._key, key, self.key_bytes)
-        # the command knows no value: a pointer there would be refused
-        attr = struct.pack("=IIQQQ", self.fd, 0, ctypes.addressof(self._key), 0, 0)
-        bpf(MAP_DELETE_ELEM, attr, "map delete")
+        with self._turn:
+            ctypes.memmove(self._key, key, self.key_bytes)
+            # the command knows no value: a pointer there would be refused
+            attr = struct.pack("=IIQQQ", self.fd, 0, ctypes.addressof(self._key), 0, 0)
+            bpf(MAP_DELETE_ELEM, attr, "map delete")
 
     def keys(self) -> Iterator[bytes]:
         """All keys, by walking; a key that is removed meanwhile may end the walk early."""
         following = ctypes.create_string_buffer(self.key_bytes)
+        last = ctypes.create_string_buffer(self.key_bytes)
         current = 0
         while True:
             attr = struct.pack("=IIQQ", self.fd, 0, current, ctypes.addressof(following))
@@ -262,8 +269,8 @@ class Map:
                     raise
                 return
             yield following.raw
-            ctypes.memmove(self._key, following, self.key_bytes)
-            current = ctypes.addressof(self._key)
+            ctypes.memmove(last, following, self.key_bytes)
+            current = ctypes.addressof(last)
 
     def values(self, chunk: int = 1024) -> bytes:
         """All values of an array in index order, `stride * cpus` bytes each, read in batches."""

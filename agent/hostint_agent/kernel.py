@@ -131,13 +131,15 @@ class Btf:
 
 
 @functools.cache
-def _btf() -> Btf:
-    return Btf.of_running_kernel()
+def _types_of_interest() -> tuple[dict[str, dict[str, int]], dict[int, str]]:
+    """(members of the structs that the drop program reads, drop reasons): all that is kept of some megabytes."""
+    btf = Btf.of_running_kernel()
+    return btf.members(("sk_buff", "net_device", "net")), btf.enum("skb_drop_reason")
 
 
 def offsets() -> Offsets:
     """Offsets of the running kernel. Raises KernelError naming the member that is missing."""
-    structs = _btf().members(("sk_buff", "net_device", "net"))
+    structs, _ = _types_of_interest()
 
     def offset(struct_name: str, member: str) -> int:
         try:
@@ -164,7 +166,7 @@ def drop_reason_names() -> dict[int, str]:
 
     Numbers move between kernels, names do not (enum skb_drop_reason).
     """
-    core = _btf().enum("skb_drop_reason")
+    _, core = _types_of_interest()
     names = {value: name.removeprefix(REASON_PREFIX) for value, name in core.items()}
     return {value: name for value, name in names.items() if value < _SUBSYSTEM_INDEX}
 

@@ -5,6 +5,8 @@ import ctypes
 import errno
 import os
 import struct
+import sys
+from concurrent import futures
 from pathlib import Path
 
 import pytest
@@ -57,3 +59,22 @@ def test_a_pin_that_is_not_there_is_told_by_name():
         bpf_calls.obj_get(Path("/sys/fs/bpf/no-such-pin"))
     assert caught.value.errno == errno.ENOENT
     assert os.strerror(errno.ENOENT) in str(caught.value)
+
+
+def test_threads_may_share_a_map():
+    """What one looks up is never what another has asked for: metrics are read while rules change."""
+    shared = create(ARRAY, 4, 8, 64)
+    for place in range(64):
+        shared.update(struct.pack("=I", place), struct.pack("=Q", place))
+
+    def read(begin: int) -> int:
+        places = [(begin + step) % 64 for step in range(20_000)]
+        return sum(shared.lookup(struct.pack("=I", at)) != struct.pack("=Q", at) for at in places)
+
+    switch = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with futures.ThreadPoolExecutor(4) as threads:
+            assert sum(threads.map(read, range(0, 64, 16))) == 0
+    finally:
+        sys.setswitchinterval(switch)

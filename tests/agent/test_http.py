@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The HTTP server says what the agent says, and why it cannot listen."""
 
-import asyncio
+import contextlib
+import http.client
+import json
 import socket
-from collections.abc import Awaitable, Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent import futures
 
-import aiohttp
 import pytest
 
-from hostint_agent import bpf_types, counters, http, metrics
+from hostint_agent import bpf_types, counters, metrics
+from hostint_agent import http as server
 
 SNAPSHOT = metrics.Snapshot(
     version="9.9",
@@ -25,85 +30,135 @@ SNAPSHOT = metrics.Snapshot(
 )
 
 
-def asked(
-    questions: Callable[[str], Awaitable[None]], *, dead: str | None = None, late: str | None = None
-) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+@contextlib.contextmanager
+def serving(host: str = "127.0.0.1", **pages: Callable[[], object]) -> Iterator[tuple[str, int]]:
+    """A server on a free port, with what the agent would say."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as free:
+        free.bind((host, 0))
         port = free.getsockname()[1]
-
-    async def scenario() -> None:
-        async with http.serve(
-            ("127.0.0.1", port),
-            metrics=lambda: metrics.families(SNAPSHOT),
-            not_alive=lambda: dead,
-            not_ready=lambda: late,
-            topology=lambda: {"links": []},
-        ):
-            await questions(f"http://127.0.0.1:{port}")
-
-    asyncio.run(scenario())
+    said = {
+        "metrics": lambda: metrics.families(SNAPSHOT),
+        "not_alive": lambda: None,
+        "not_ready": lambda: None,
+        "topology": lambda: {"links": []},
+    }
+    with server.serve((host, port), **(said | pages)):
+        yield host, port
 
 
-async def get(url: str) -> tuple[int, str]:
-    async with aiohttp.ClientSession() as session, session.get(url) as answer:
-        return answer.status, await answer.text()
+def get(address: tuple[str, int], path: str, method: str = "GET") -> tuple[int, str, str]:
+    """(status, content type, body)."""
+    connection = http.client.HTTPConnection(*address, timeout=5)
+    connection.request(method, path)
+    answer = connection.getresponse()
+    with contextlib.closing(connection):
+        return answer.status, answer.headers["Content-Type"], answer.read().decode()
 
 
 def test_metrics_have_a_value_and_help_for_every_counter():
-    async def questions(address: str) -> None:
-        status, text = await get(f"{address}/metrics")
-        assert status == 200
-        for field in counters.WATCHLIST_FIELDS:
-            assert f'hostint_{field}_total{{watchlist="shop"}} 3.0' in text
-            assert f"# HELP hostint_{field}_total " in text
-        for counter in bpf_types.DatapathCounter:
-            assert f"hostint_{counter.name.lower()}_total 1.0" in text
-        for line in (
-            'hostint_drops_by_reason_total{reason="NETFILTER_DROP"} 5.0',
-            'hostint_reports_sent_total{collector="default"} 10.0',
-            'hostint_reports_failed_total{collector="default"} 2.0',
-            'hostint_ring_records{ring="1"} 4.0',
-            "hostint_interfaces_attached 2.0",
-            "hostint_interfaces_failed 1.0",
-            'hostint_build_info{version="9.9"} 1.0',
-        ):
-            assert line in text
+    with serving() as address:
+        status, kind, text = get(address, "/metrics?name[]=any")
+    assert status == 200
+    assert kind.startswith("text/plain; version=")
+    for field in counters.WATCHLIST_FIELDS:
+        assert f'hostint_{field}_total{{watchlist="shop"}} 3.0' in text
+        assert f"# HELP hostint_{field}_total " in text
+    for counter in bpf_types.DatapathCounter:
+        assert f"hostint_{counter.name.lower()}_total 1.0" in text
+    for line in (
+        'hostint_drops_by_reason_total{reason="NETFILTER_DROP"} 5.0',
+        'hostint_reports_sent_total{collector="default"} 10.0',
+        'hostint_reports_failed_total{collector="default"} 2.0',
+        'hostint_ring_records{ring="1"} 4.0',
+        "hostint_interfaces_attached 2.0",
+        "hostint_interfaces_failed 1.0",
+        'hostint_build_info{version="9.9"} 1.0',
+    ):
+        assert line in text
 
-    asked(questions)
 
-
-def test_health_is_ok_while_nothing_is_wrong():
-    async def questions(address: str) -> None:
-        assert await get(f"{address}/healthz") == (200, "ok\n")
-        assert await get(f"{address}/readyz") == (200, "ok\n")
-        assert await get(f"{address}/api/v1/topology") == (200, '{"links": []}')
-
-    asked(questions)
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_health_is_ok_while_nothing_is_wrong(host):
+    with serving(host) as address:
+        assert get(address, "/healthz")[::2] == (200, "ok\n")
+        assert get(address, "/readyz")[::2] == (200, "ok\n")
+        status, kind, text = get(address, "/api/v1/topology")
+        assert (status, kind.split(";")[0], json.loads(text)) == (
+            200,
+            "application/json",
+            {"links": []},
+        )
+        assert get(address, "/healthz", "HEAD")[::2] == (200, "")
 
 
 def test_health_says_what_is_wrong():
-    async def questions(address: str) -> None:
-        assert await get(f"{address}/healthz") == (503, "dead\n")
-        assert await get(f"{address}/readyz") == (503, "late\n")
+    with serving(not_alive=lambda: "dead", not_ready=lambda: "late") as address:
+        assert get(address, "/healthz")[::2] == (503, "dead\n")
+        assert get(address, "/readyz")[::2] == (503, "late\n")
 
-    asked(questions, dead="dead", late="late")
+
+def test_a_page_that_is_not_there_or_fails_says_so_and_the_others_stay(caplog):
+    def broken() -> None:
+        raise ValueError("nobody knows")
+
+    with serving(topology=broken) as address:
+        assert get(address, "/nothing")[::2] == (
+            404,
+            "no such page; there are /metrics, /healthz, /readyz, /api/v1/topology\n",
+        )
+        assert get(address, "/api/v1/topology")[0] == 500
+        assert get(address, "/healthz", "DELETE")[0] == 501
+        assert get(address, "/healthz")[0] == 200
+
+
+def test_who_asks_and_says_nothing_more_keeps_nobody_waiting_and_has_no_end_of_threads():
+    with serving() as address, contextlib.ExitStack() as stack:
+        before = threading.active_count()
+        for _ in range(40):
+            stack.enter_context(socket.create_connection(address))
+        assert get(address, "/healthz")[0] == 200
+        for _ in range(200):
+            stack.enter_context(socket.create_connection(address))
+        time.sleep(0.2)
+        assert threading.active_count() - before <= server._MOST_AT_ONCE
+        stack.close()
+        deadline = time.monotonic() + 5
+        while threading.active_count() > before:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert get(address, "/healthz")[0] == 200
+
+
+def test_many_may_ask_at_once():
+    with serving() as address, futures.ThreadPoolExecutor(16) as threads:
+        answers = list(threads.map(lambda _: get(address, "/metrics"), range(200)))
+    assert {status for status, _, _ in answers} == {200}
+    assert len({text for _, _, text in answers}) == 1
+
+
+def test_it_ends_at_once_and_lets_go_of_the_port():
+    for _ in range(2):
+        with serving() as address:
+            begun = time.monotonic()
+        assert time.monotonic() - begun < 0.3
+        with pytest.raises(ConnectionRefusedError):
+            get(address, "/healthz")
 
 
 def test_a_port_in_use_is_told_with_the_address():
-    async def scenario(port: int) -> None:
-        async with http.serve(
-            ("127.0.0.1", port),
-            metrics=list,
-            not_alive=lambda: None,
-            not_ready=lambda: None,
-            topology=dict,
-        ):
-            pass
-
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(http.HttpError, match=rf"http 127\.0\.0\.1:{port}: .*"):
-            asyncio.run(scenario(port))
+        with (
+            pytest.raises(server.HttpError, match=rf"http 127\.0\.0\.1:{port}: Address already"),
+            server.serve(
+                ("127.0.0.1", port),
+                metrics=list,
+                not_alive=lambda: None,
+                not_ready=lambda: None,
+                topology=dict,
+            ),
+        ):
+            pass
