@@ -10,6 +10,8 @@
 #define MAC_HEADER_UNSET 0xffff
 #define ETHERNET_BYTES 14
 #define ETHERTYPE_OFFSET 12
+/* behind which a snapshot's tuple is not restored: two VLAN tags fit */
+#define MAX_LINK_HEADER_BYTES 30
 #define INT_REASON_TTL 26
 #define IPV4_TTL_OFFSET 8
 #define IPV6_HOP_LIMIT_OFFSET 7
@@ -139,12 +141,34 @@ static __always_inline __u8 refine_reason(const struct drop_reason *reason, cons
 	return ttl <= 1 ? INT_REASON_TTL : reason->code;
 }
 
+/* Put the tuple that matched into the snapshot of a packet that was translated since it came in. */
+static __always_inline void restore_dead_tuple(const struct dead_packet *dead, struct scratch *scratch, __u8 *packet,
+					       __u32 bytes)
+{
+	struct packet_offsets *offsets = &scratch->offsets;
+	const struct flow_key *key = &scratch->key;
+	__u16 network = ETHERNET_BYTES;
+	__u8 first = 0;
+
+	if (dead->mac_header != MAC_HEADER_UNSET && dead->mac_header != dead->network_header)
+		network = dead->network_header - dead->mac_header;
+	if (network > MAX_LINK_HEADER_BYTES)
+		return;
+	READ_FIELD(first, dead->head + dead->network_header, 0);
+	offsets->network = network;
+	offsets->transport = network + (key->family == 4 ? (first & 15) * 4 : IPV6_BYTES);
+	/* through memory: what LLVM knows of it, and therefore leaves out, the verifier does not */
+	barrier();
+	restore_tuple(packet, bytes, key, offsets);
+}
+
 /* Decide on a watched packet that died and write its report; every path counts exactly one outcome. */
 static __always_inline void report_drop(const struct config *config, __u32 side, __u16 watchlist,
 					struct watchlist_counters *counters, const struct arrival *arrival,
-					const struct flow_key *key, const struct dead_packet *dead,
+					struct scratch *scratch, const struct dead_packet *dead,
 					const struct drop_reason *reason, __u32 egress_ifindex)
 {
+	const struct flow_key *key = &scratch->key;
 	const struct policy *policy = policy_of(side, watchlist);
 	struct flow_state state = {};
 	const struct collector *collector;
@@ -193,6 +217,8 @@ static __always_inline void report_drop(const struct config *config, __u32 side,
 	put_v05_drop(&record, config, V05_D | ((reason->flags & DROP_QUEUE) ? V05_Q : 0), arrival->arrival_ns,
 		     port_id(arrival->ifindex), port_id(egress_ifindex), code);
 	bytes = put_dead_snapshot(dead, key, record.bytes + V05_DROP_BYTES, collector->snap_length);
+	if (scratch->translated)
+		restore_dead_tuple(dead, scratch, record.bytes + V05_DROP_BYTES, bytes);
 	commit_record(&record, V05_DROP_BYTES + bytes);
 	remember_flow(flow, known, drop_hash, now, state, COUNT_DROP_EVICTED);
 	counters->drops_reported++;
@@ -203,16 +229,35 @@ static __always_inline __u32 reason_index(__u32 reason)
 	return (reason & 0xff) | (reason >> SUBSYSTEM_SHIFT ? SUBSYSTEM_INDEX : 0);
 }
 
-/* The verdict on a packet that died: that which it got on arrival, or else what NAT made of it. 0: not watched. */
+/*
+ * Whether NAT has changed a packet since it came in. Another protocol is no translation, but headers that were not followed.
+ * Without branches, each of which would double what the verifier has to walk.
+ */
+static __always_inline __u32 is_translated(const struct flow_key *now, const struct flow_key *arrived)
+{
+	const __u64 *a = (const __u64 *)now, *b = (const __u64 *)arrived;
+	__u64 rest = a[4] ^ b[4];
+	__u64 differing = (a[0] ^ b[0]) | (a[1] ^ b[1]) | (a[2] ^ b[2]) | (a[3] ^ b[3]) | rest;
+
+	/* protocol, family and no_ports are in the upper half of the last word */
+	return (rest >> 32 == 0) & (differing != 0);
+}
+
+/*
+ * Judge a packet that died as one that leaves: by the tuple that it has now if NAT has changed it, and if that is in no rule, by
+ * the verdict that it got on arrival. Returns the watchlist that it is reported for, 0 if for none; the tuple that matched is in scratch->key then.
+ */
 static __always_inline __u16 judge_death(struct scratch *scratch, __u16 watched_for, __u32 side)
 {
 	struct verdict verdict = {};
 
-	if (watched_for)
-		return watched_for;
-	if (!(classify(&scratch->key, scratch, &verdict, side, false) & CLASSIFY_MATCH))
-		return 0;
-	return verdict.action == ACTION_REPORT ? verdict.watchlist : 0;
+	scratch->translated = is_translated(&scratch->key, &scratch->arrived);
+	if ((scratch->translated || !watched_for) && (classify(&scratch->key, scratch, &verdict, side, false) & CLASSIFY_MATCH)) {
+		scratch->translated = 0;
+		return verdict.action == ACTION_REPORT ? verdict.watchlist : 0;
+	}
+	scratch->key = scratch->arrived;
+	return watched_for;
 }
 
 /*
@@ -286,6 +331,8 @@ static __always_inline void observe_drop(__u64 address, __u32 kernel_reason, str
 		return;
 	}
 	watched_for = owner_watchlist(owner);
+	/* apart from the word that it is in, or the verifier learns of both at once and walks the classifier twice */
+	asm volatile("" : "+r"(watched_for));
 	state = owner_state(owner);
 	arrival.arrival_ns = slot->arrival_ns;
 	arrival.ifindex = slot->ifindex;
@@ -311,18 +358,18 @@ static __always_inline void observe_drop(__u64 address, __u32 kernel_reason, str
 	if (state == SLOT_EGRESSED && !(reason->flags & DROP_AFTER_EGRESS))
 		return;
 	watchlist = judge_death(scratch, watched_for, side);
-	if (!exchange_owner(slot, owner, 0) || !watchlist)
-		return;
-	counters = counters_of(COUNTERS_DROP, watchlist);
-	total = drop_counters.lookup(&index);
-	if (!counters || !total)
+	if (!exchange_owner(slot, owner, 0))
 		return;
 	move_count(COUNTERS_DROP, watched_for, watchlist);
+	counters = counters_of(COUNTERS_DROP, watchlist);
+	total = drop_counters.lookup(&index);
+	if (!watchlist || !counters || !total)
+		return;
 	if (state == SLOT_PENDING)
 		counters->dropped++;
 	else
 		counters->dropped_late++;
 	*total += 1;
-	report_drop(config, side, watchlist, counters, &arrival, watched_for ? &scratch->arrived : &scratch->key, &dead,
-		    reason, state == SLOT_EGRESSED ? ifindex : 0);
+	report_drop(config, side, watchlist, counters, &arrival, scratch, &dead, reason,
+		    state == SLOT_EGRESSED ? ifindex : 0);
 }

@@ -16,6 +16,7 @@ struct scratch {
 	struct flow_key key;     /* the tuple as the packet carries it */
 	struct flow_key arrived; /* as it came in */
 	struct packet_offsets offsets;
+	__u32 translated; /* 1: a dead packet no longer carries the tuple that it came with */
 	/* classes, see classify.h */
 	__u32 source;
 	__u32 destination;

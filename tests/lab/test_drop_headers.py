@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The bytes in a drop report are those of the packet that died, whatever state the kernel had it in."""
 
+import contextlib
+import ipaddress
 import socket
 import struct
 from collections.abc import Iterator
 
 import pytest
 
+from hostint_agent import bpf_types, classifier
+from tests.lab import datapath as datapaths
 from tests.lab import deaths, raw_packets, traffic
 from tests.lab.deaths import PORT, Stage
 
@@ -99,26 +103,90 @@ def test_a_large_tcp_packet_shows_its_headers(stage, version):
     assert ETHERNET_BYTES + (40 if version == 4 else 60) <= len(report.packet) <= 128
 
 
-@pytest.mark.parametrize("version", [4, 6])
-def test_a_translated_packet_that_is_watched_either_way_is_reported_as_it_died(stage, version):
-    """With the address that it was given, as a flow report would have it."""
-    stage.watch()
-    table = "ip" if version == 4 else "ip6"
-    service = "10.96.0.7" if version == 4 else "fd96::7"
-    target = stage.far.ip(version)
+SERVICE = {4: "10.96.0.7", 6: "fd96::7"}
+
+
+@contextlib.contextmanager
+def service(stage: Stage, version: int) -> Iterator[None]:
+    """An address that the node translates to that of a pod on the other node, whose packets the firewall then drops."""
+    table, target = "ip" if version == 4 else "ip6", stage.far.ip(version)
+    rule = f"{table} testnat pre {table} daddr {SERVICE[version]}"
     stage.host.run("nft", f"add table {table} testnat")
     try:
         chain = "{ type nat hook prerouting priority -100; }"
         stage.host.run("nft", f"add chain {table} testnat pre {chain}")
-        stage.host.run(
-            "nft", f"add rule {table} testnat pre {table} daddr {service} dnat to {target}"
-        )
-        with stage.nft("hook forward priority 0", f"udp dport {PORT} drop"):
-            send = lambda: stage.send(stage.client.namespace, service)  # noqa: E731
-            outcome = stage.outcome(send, 1)
+        stage.host.run("nft", f"add rule {rule} udp dport {PORT} dnat to {_at(target)}:{PORT + 1}")
+        with stage.nft("hook forward priority 0", f"udp dport {PORT + 1} drop"):
+            yield
     finally:
         stage.host.run("nft", f"delete table {table} testnat")
+
+
+def _at(address: str) -> str:
+    return f"[{address}]" if ":" in address else address
+
+
+def rules(stage: Stage, version: int, **actions: str) -> list[classifier.Rule]:
+    """Rules for the address of the service, and for that of the pod behind it."""
+    addresses = {"service": SERVICE[version], "pod": stage.far.ip(version)}
+    return [
+        classifier.Rule(
+            number,
+            1,
+            bpf_types.RuleAction[actions[which]],
+            destinations=(ipaddress.ip_network(addresses[which]),),
+        )
+        for number, which in enumerate(actions, start=1)
+    ]
+
+
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("watched", ["service", "pod", "both"])
+def test_a_translated_packet_that_dies_is_reported_by_the_tuple_that_matched(
+    stage, version, watched
+):
+    """As a flow report would have it: the one that it has now, if any rule is for that, else the one that it came with."""
+    names = ("service", "pod") if watched == "both" else (watched,)
+    watch = rules(stage, version, **dict.fromkeys(names, "REPORT"))
+    stage.datapath.watch(watch, {1: datapaths.policy(interval_ns=10**12)})
+    with service(stage, version):
+        send = lambda: stage.send(stage.client.namespace, SERVICE[version])  # noqa: E731
+        outcome = stage.outcome(send, 1)
+    assert outcome.counters["watched"] == outcome.counters["dropped"] == 1
     (report,) = outcome.reports
     packet = deaths.inner_of(report)
-    assert (packet.destination_address, packet.destination_port) == (target, PORT)
+    expected = (
+        (SERVICE[version], PORT) if watched == "service" else (stage.far.ip(version), PORT + 1)
+    )
+    assert (packet.destination_address, packet.destination_port) == expected
+    assert packet.source_address == stage.client.ip(version)
     assert report.packet.endswith(traffic.payload(0))
+    if version == 4:
+        assert raw_packets.checksum(report.packet[ETHERNET_BYTES : ETHERNET_BYTES + 20]) == 0
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_a_translated_packet_that_is_ignored_now_was_never_watched(stage, version):
+    """It was counted as it came in; what a rule says of it now decides, and takes that back."""
+    stage.datapath.watch(rules(stage, version, service="REPORT", pod="IGNORE"))
+    with service(stage, version):
+        send = lambda: stage.send(stage.client.namespace, SERVICE[version])  # noqa: E731
+        outcome = stage.outcome(send, 1, timeout_s=1)
+    assert (outcome.reports, outcome.dead) == ([], 0)
+    assert outcome.counters["watched"] == 0
+    identity = stage.datapath.counters.identity(1)
+    assert (identity.watched_difference, identity.drops_difference) == (0, 0)
+
+
+@pytest.mark.parametrize("snap_length", [14, 20, 33, 34, 40, 54, 58, 128])
+@pytest.mark.parametrize("version", [4, 6])
+def test_a_short_snapshot_of_a_translated_packet_is_as_long_as_of_any(
+    stage, snap_length, version
+):
+    collector = bpf_types.Collector(snap_length=snap_length)
+    policy = datapaths.policy(interval_ns=10**12)
+    stage.datapath.watch(rules(stage, version, service="REPORT"), {1: policy}, {0: collector})
+    with service(stage, version):
+        send = lambda: stage.send(stage.client.namespace, SERVICE[version])  # noqa: E731
+        (report,) = stage.outcome(send, 1).reports
+    assert len(report.packet) == min(snap_length, 14 + (20 if version == 4 else 40) + 8 + 64)
