@@ -22,6 +22,7 @@ from hostint_agent import (
     bpf_calls,
     check,
     counters,
+    doctor,
     http,
     interfaces,
     kernel,
@@ -29,6 +30,7 @@ from hostint_agent import (
     logs,
     settings,
     standalone,
+    status_command,
     unload,
 )
 from hostint_api import NodeConfigSpec
@@ -251,6 +253,12 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     checked = commands.add_parser("check", help="validate objects as the API server would")
     checked.add_argument("files", nargs="+", type=Path, metavar="FILE")
 
+    examined = commands.add_parser("doctor", help="look at this node, and say what is wrong")
+    doctor.add_options(examined, environment)
+
+    told = commands.add_parser("status", help="print what the datapath of this node is like now")
+    status_command.add_options(told, environment)
+
     for name, words in (
         ("unload", "remove every program, map and link of ours, and nothing else"),
         ("counters", "print the datapath's counters as JSON"),
@@ -323,6 +331,8 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": _run,
     "standalone": _standalone,
     "check": _check,
+    "doctor": doctor.run,
+    "status": status_command.run,
     "unload": _unload,
     "counters": _counters,
 }

@@ -277,6 +277,7 @@ class Agent:
                 },
                 datapath=self._counters.datapath(),
                 drops=self._counters.drops(self._names),
+                drop_recursion_misses=self._attacher.drop_recursion_misses(),
                 exported={name: exported.get(i, (0, 0)) for name, i in collectors.items()},
                 rings=self._exporter.fill(),
                 attached=len(state.attachments) - len(state.failed),

@@ -256,6 +256,10 @@ class Attacher:
         """What is attached, as of the last look."""
         return self._state
 
+    def drop_recursion_misses(self) -> int:
+        """Drops that the drop program did not see, since it ran already on that CPU."""
+        return bpf_calls.program_recursion_misses(self._programs["drop"].fd)
+
     def start(self) -> None:
         """Attach now, then follow changes in the thread."""
         self._forget_other_method()

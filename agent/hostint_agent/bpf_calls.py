@@ -93,6 +93,26 @@ def program_recursion_misses(fd: int) -> int:
     return int(struct.unpack_from("=Q", _info(fd, 232), 208)[0])
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class ProgramInfo:
+    """What the kernel tells of a loaded program (struct bpf_prog_info)."""
+
+    id: int
+    loaded_ns: int  # of CLOCK_BOOTTIME
+    runs: int  # and how long they took: 0 unless kernel.bpf_stats_enabled
+    run_time_ns: int
+    recursion_misses: int
+    verified_instructions: int
+
+
+def program_info(fd: int) -> ProgramInfo:
+    """All of it, of one moment."""
+    told = _info(fd, 232)
+    run_time_ns, runs, misses, verified = struct.unpack_from("=QQQI", told, 192)
+    prog_id, loaded_ns = struct.unpack_from("=I", told, 4)[0], struct.unpack_from("=Q", told, 40)[0]
+    return ProgramInfo(prog_id, loaded_ns, runs, run_time_ns, misses, verified)
+
+
 def program_name(prog_id: int) -> str:
     """Name of a loaded program by its kernel id."""
     fd = bpf(PROG_GET_FD_BY_ID, struct.pack("=I", prog_id), f"program {prog_id}")
@@ -200,7 +220,9 @@ class Map:
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
-        kind, number, key_bytes, value_bytes, max_entries = struct.unpack_from("=IIIII", _info(fd, 80))
+        kind, number, key_bytes, value_bytes, max_entries = struct.unpack_from(
+            "=IIIII", _info(fd, 80)
+        )
         self.id = int(number)
         self.key_bytes = int(key_bytes)
         self.value_bytes = int(value_bytes)

@@ -46,6 +46,7 @@ class Snapshot:
     watchlists: Mapping[str, Mapping[str, int]]
     datapath: Mapping[str, int]
     drops: Mapping[str, int]
+    drop_recursion_misses: int
     exported: Mapping[str, tuple[int, int]]
     rings: Iterable[int]
     attached: int
@@ -71,6 +72,10 @@ def families(now: Snapshot) -> list[core.Metric]:
     for reason, count in now.drops.items():
         drops.add_metric([reason], count)
     found.append(drops)
+    missed = "Drops not looked at because the drop program was at work on that CPU: the kernel does not run it within itself"
+    found.append(
+        core.CounterMetricFamily("hostint_drop_recursion_misses", missed, now.drop_recursion_misses)
+    )
     found += _export_families(now)
     gauges = (
         ("hostint_interfaces_attached", "Interfaces with both programs attached", now.attached),

@@ -84,11 +84,8 @@ def add_options(parser: argparse.ArgumentParser, environment: Mapping[str, str])
     )
 
 
-def add_agent_options(
-    parser: argparse.ArgumentParser, environment: Mapping[str, str], http: str
-) -> None:
-    """Options of `run` and `standalone`."""
-    add_options(parser, environment)
+def add_state_options(parser: argparse.ArgumentParser, environment: Mapping[str, str]) -> None:
+    """Options of every subcommand that knows the last good configuration."""
     parser.add_argument(
         "--node",
         default=environment.get("NODE_NAME", socket.gethostname()),
@@ -100,6 +97,14 @@ def add_agent_options(
         default=environment.get("HOSTINT_STATE_DIR", DEFAULT_STATE_DIR),
         help=f"where the last good configuration is kept (env HOSTINT_STATE_DIR; default: {DEFAULT_STATE_DIR})",
     )
+
+
+def add_agent_options(
+    parser: argparse.ArgumentParser, environment: Mapping[str, str], http: str
+) -> None:
+    """Options of `run` and `standalone`."""
+    add_options(parser, environment)
+    add_state_options(parser, environment)
     parser.add_argument(
         "--http",
         type=_listen,

@@ -20,6 +20,7 @@ SNAPSHOT = metrics.Snapshot(
     watchlists={"shop": dict.fromkeys(counters.WATCHLIST_FIELDS, 3)},
     datapath={counter.name.lower(): 1 for counter in bpf_types.DatapathCounter},
     drops={"NETFILTER_DROP": 5},
+    drop_recursion_misses=0,
     exported={"default": (10, 2)},
     rings=[0, 4],
     attached=2,

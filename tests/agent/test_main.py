@@ -83,7 +83,7 @@ def test_no_command_is_wrong_usage():
     assert "usage: hostint-agent" in ended.stderr
 
 
-@pytest.mark.parametrize("command", ["run", "standalone", "check", "unload", "counters"])
+@pytest.mark.parametrize("command", ["run", "standalone", "check", "status", "unload", "counters"])
 def test_every_command_has_help(command):
     ended = run(command, "--help")
     assert ended.returncode == 0

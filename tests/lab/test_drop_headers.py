@@ -180,9 +180,7 @@ def test_a_translated_packet_that_is_ignored_now_was_never_watched(stage, versio
 
 @pytest.mark.parametrize("snap_length", [14, 20, 33, 34, 40, 54, 58, 128])
 @pytest.mark.parametrize("version", [4, 6])
-def test_a_short_snapshot_of_a_translated_packet_is_as_long_as_of_any(
-    stage, snap_length, version
-):
+def test_a_short_snapshot_of_a_translated_packet_is_as_long_as_of_any(stage, snap_length, version):
     collector = bpf_types.Collector(snap_length=snap_length)
     policy = datapaths.policy(interval_ns=10**12)
     stage.datapath.watch(rules(stage, version, service="REPORT"), {1: policy}, {0: collector})

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`hostint-agent doctor`: say what is wrong with this node and what to do about it. What is looked at is in `examination`."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping, Sequence
+
+from hostint_agent import settings
+from hostint_agent.finding import Finding
+from hostint_agent.node_rules import Destination
+
+_COLOURS = {"ok": "32", "warning": "33", "failure": "31"}
+_WIDTH = max(map(len, _COLOURS))
+
+
+def add_options(parser: argparse.ArgumentParser, environment: Mapping[str, str]) -> None:
+    """Options of `doctor`: those of the agent, which say what to look at, and its own."""
+    settings.add_agent_options(parser, environment, settings.DEFAULT_HTTP)
+    parser.add_argument(
+        "--collector",
+        type=_destination,
+        action="append",
+        default=[],
+        dest="collectors",
+        metavar="HOST:PORT",
+        help="look at this collector, and not at those of the last configuration; may be given more than once",
+    )
+    parser.add_argument("--json", action="store_true", help="print an array of objects")
+
+
+def parse_collector(text: str) -> Destination:
+    """HOST:PORT, an IPv6 address in brackets. Raises ValueError."""
+    host, separator, port = text.rpartition(":")
+    if not separator or not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        raise ValueError(f"'{text}' is not HOST:PORT, with a port of 1..65535")
+    if ":" in host and not (host.startswith("[") and host.endswith("]")):
+        raise ValueError(f"'{text}' is not HOST:PORT: an IPv6 address is written in brackets")
+    return Destination(text, host.strip("[]"), int(port), 0)
+
+
+def _destination(text: str) -> Destination:
+    try:
+        return parse_collector(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def as_text(findings: Sequence[Finding], *, colours: bool) -> str:
+    """One line each, what to do on a second, and a summary. Pure."""
+    column = max((len(each.check) for each in findings), default=0)
+    lines = []
+    for each in findings:
+        result = _coloured(each.result.ljust(_WIDTH), each.result, colours)
+        lines.append(f"{result}  {_printable(each.check.ljust(column))}  {_printable(each.found)}")
+        if each.remedy:
+            lines.append(f"{' ' * (_WIDTH + 2)}do: {_printable(each.remedy)}")
+    counts = [(r, sum(each.result == r for each in findings)) for r in _COLOURS]
+    told = [f"{n} {r}{'s' if n > 1 and r != 'ok' else ''}" for r, n in counts if n or r == "ok"]
+    return "\n".join([*lines, ", ".join(told)])
+
+
+def _coloured(text: str, result: str, colours: bool) -> str:
+    return f"\x1b[{_COLOURS[result]}m{text}\x1b[0m" if colours else text
+
+
+def _printable(text: str) -> str:
+    """The kernel takes any bytes for the name of an interface, a terminal's commands too."""
+    return "".join(c if c.isascii() and c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def as_json(findings: Sequence[Finding]) -> str:
+    """An array of objects. Pure."""
+    return json.dumps([dataclasses.asdict(each) for each in findings], indent=2)
+
+
+def wants_colours(is_terminal: bool, environment: Mapping[str, str]) -> bool:
+    """Only on a terminal, and not with NO_COLOR (no-color.org: set, and not empty)."""
+    return is_terminal and not environment.get("NO_COLOR")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Examine the node and print what was found; 0: nothing failed, 1: something did."""
+    from hostint_agent import examination  # memory that no agent needs
+
+    findings = list(examination.examine(settings.from_options(options), options.collectors))
+    if options.json:
+        text = as_json(findings)
+    else:
+        colours = wants_colours(sys.stdout.isatty(), settings.environment())
+        text = as_text(findings, colours=colours)
+    print(text)  # noqa: T201
+    return 1 if any(each.result == "failure" for each in findings) else 0

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is in the maps of a loaded datapath, read for people: the live side of the tables, the flows, the slots by state."""
+
+import collections
+import ctypes
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from hostint_agent import bpf_calls, bpf_types
+
+_SLOT_WORDS = ctypes.sizeof(bpf_types.Slot) // 8
+_FLOW_WORDS = ctypes.sizeof(bpf_types.Flow) // 8
+
+T = TypeVar("T", bound=ctypes.Structure)
+
+
+@dataclass(frozen=True, slots=True)
+class Live:
+    """What the programs judge by now. `policies` and `collectors` by place, `rules` by place of their watchlist."""
+
+    generation: int
+    policies: Mapping[int, bpf_types.Policy]
+    collectors: Mapping[int, bpf_types.Collector]
+    rules: Mapping[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Slots:
+    """How many slots there are by state, and how many watched packets wait in one, by place of their watchlist."""
+
+    states: Mapping[str, int]
+    pending: Mapping[int, int]
+
+
+def live(maps: Path) -> Live:
+    """All of one generation. Raises bpf_calls.BpfError."""
+    word = bpf_calls.Map.open(maps / "classifier_generation")
+    while True:
+        read = word.lookup(bytes(4))
+        generation = struct.unpack("=Q", read)[0]
+        side = generation & 1
+        policies = _side(maps / "policies", side, bpf_types.Policy)
+        collectors = _side(maps / "collectors", side, bpf_types.Collector)
+        verdicts = _side(maps / "classifier_rules", side, bpf_types.Verdict)
+        rules = collections.Counter(verdict.watchlist for verdict in verdicts.values())
+        # else this side may be the one that is being written by now
+        if word.lookup(bytes(4)) == read:
+            return Live(generation, policies, collectors, rules)
+
+
+def _side(path: Path, side: int, kind: type[T]) -> dict[int, T]:
+    """The elements of one half of a map that are not all zero, by index."""
+    data = bpf_calls.Map.open(path).values()
+    half, size = len(data) // 2, ctypes.sizeof(kind)
+    begin, found = side * half, {}
+    for index in range(half // size):
+        element = data[begin + index * size : begin + (index + 1) * size]
+        if element.strip(b"\0"):
+            found[index] = kind.from_buffer_copy(element)
+    return found
+
+
+def flows(maps: Path) -> int:
+    """Flows, and flows with a drop, that the table remembers. Raises bpf_calls.BpfError."""
+    words = memoryview(bpf_calls.Map.open(maps / "flows").values()).cast("Q")
+    return sum(map(bool, words[::_FLOW_WORDS].tolist()))
+
+
+def slots(maps: Path) -> Slots:
+    """All slots as they are now, one after the other. Raises bpf_calls.BpfError."""
+    words = memoryview(bpf_calls.Map.open(maps / "slots").values(4096)).cast("Q")
+    kinds = collections.Counter(
+        (owner & bpf_types.OWNER_STATE, owner >> bpf_types.OWNER_WATCHLIST_SHIFT)
+        for owner in words[::_SLOT_WORDS].tolist()
+    )
+    states = {state.name.lower(): 0 for state in bpf_types.SlotState}
+    for (state, _), count in kinds.items():
+        states[bpf_types.SlotState(state).name.lower()] += count
+    waiting = bpf_types.SlotState.PENDING
+    pending = {place: n for (state, place), n in kinds.items() if state == waiting and place}
+    return Slots(states, pending)
+
+
+def config(maps: Path) -> bpf_types.Config:
+    """A copy of the settings. Raises bpf_calls.BpfError."""
+    data = bpf_calls.Map.open(maps / "config").lookup(bytes(4))
+    # another version's may be shorter
+    return bpf_types.Config.from_buffer_copy(data.ljust(ctypes.sizeof(bpf_types.Config), b"\0"))

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is pinned in a pin directory, and whether an agent works with it. Only looks; `loader` and `unload` pin and unpin."""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from hostint_agent import attach, bpf_calls, loader
+
+_LOCKS = Path("/proc/locks")
+
+
+def loaded_build(pin_dir: Path, bpf_dir: Path) -> Path | None:
+    """The build whose drop program is attached; if none is, that of these sources, or any. Raises OSError."""
+    found = loader.builds(pin_dir)
+    sources = sources_build(bpf_dir)
+    found.sort(key=lambda build: build.name != sources)
+    attached = _drop_program_attached(pin_dir)
+    for build in found:
+        # what has no drop program is just being removed, or somebody has
+        if (build / "programs" / "drop").exists() and program(build, "drop").id == attached:
+            return build
+    return found[0] if found else None
+
+
+def sources_build(bpf_dir: Path) -> str | None:
+    """The build that these sources would make; None if there are none."""
+    with contextlib.suppress(loader.LoadError):
+        return loader.read_source(bpf_dir).build
+    return None
+
+
+def _drop_program_attached(pin_dir: Path) -> int | None:
+    pin = pin_dir / "links" / attach.DROP_TRACEPOINT
+    if not pin.exists():
+        return None
+    with _closing(bpf_calls.obj_get(pin)) as link:
+        return bpf_calls.tcx_link_target(link)[0]
+
+
+def program(build: Path, name: str) -> bpf_calls.ProgramInfo:
+    """What the kernel tells of a pinned program. Raises bpf_calls.BpfError."""
+    with _closing(bpf_calls.obj_get(build / "programs" / name)) as fd:
+        return bpf_calls.program_info(fd)
+
+
+@contextlib.contextmanager
+def _closing(fd: int) -> Iterator[int]:
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def agent(pin_dir: Path) -> tuple[bool, int | None]:
+    """(whether an agent works with these pins, its process id if that can be seen). Raises OSError."""
+    with _closing(os.open(pin_dir, os.O_RDONLY | os.O_DIRECTORY)) as directory:
+        try:
+            # shared, without waiting, and let go at once: an agent that starts in this moment tries again
+            fcntl.flock(directory, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True, _lock_holder(os.fstat(directory))
+    return False, None
+
+
+def _lock_holder(locked: os.stat_result) -> int | None:
+    wanted = f"{os.major(locked.st_dev):02x}:{os.minor(locked.st_dev):02x}:{locked.st_ino}"
+    for line in _LOCKS.read_text().splitlines():
+        # 1: FLOCK  ADVISORY  WRITE 4242 00:1c:1234 0 EOF
+        _, kind, _, access, pid, what, *_ = line.replace("-> ", "").split()
+        if (kind, access, what) == ("FLOCK", "WRITE", wanted):
+            return int(pid)
+    return None

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`hostint-agent status`: gather and print, once or again and again."""
+
+import argparse
+import contextlib
+import dataclasses
+import errno
+import json
+import sys
+import time
+from collections.abc import Mapping
+
+from hostint_agent import settings, status, status_text
+
+_NEEDS = "status needs CAP_BPF and CAP_NET_ADMIN: run it as root, or in the agent's container"
+_CLEAR = "\x1b[H\x1b[2J"
+# between two looks that take no time themselves
+_PAUSE_S = 1.0
+_MOST_S = 3600
+
+
+def add_options(parser: argparse.ArgumentParser, environment: Mapping[str, str]) -> None:
+    """Its options: where to look, and how to tell."""
+    settings.add_options(parser, environment)
+    settings.add_state_options(parser, environment)
+    parser.add_argument(
+        "--interval",
+        type=_seconds,
+        default=1.0,
+        metavar="SECONDS",
+        help="how long to count, to tell rates; 0: tell none (default: 1)",
+    )
+    parser.add_argument("--watch", action="store_true", help="tell again and again, until Ctrl-C")
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object; with --watch one a line"
+    )
+
+
+def _seconds(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        seconds = float(text)
+        if 0 <= seconds <= _MOST_S:
+            return seconds
+    raise argparse.ArgumentTypeError(f"'{text}' is not 0..{_MOST_S} seconds")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print; 0, or 1 where there is nothing to print, or not for us to see."""
+    where = status.Where(options.pin_dir, options.bpf_dir, options.state_dir, options.node)
+    try:
+        _write(_text(status.gather(where, options.interval), options), options)
+        while options.watch:
+            _write(_look_again(where, options), options)
+    except status.NoStatus as error:
+        words = str(error)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EACCES):
+            raise
+        words = f"{error.filename}: {error.strerror}; {_NEEDS}"
+    else:
+        return 0
+    print(f"hostint-agent: {words}", file=sys.stderr)  # noqa: T201
+    return 1
+
+
+def _look_again(where: status.Where, options: argparse.Namespace) -> str:
+    if not options.interval:
+        time.sleep(_PAUSE_S)
+    try:
+        return _text(status.gather(where, options.interval), options)
+    except status.NoStatus as error:
+        # an upgrade puts another datapath in the place of this one: what comes next is worth waiting for
+        time.sleep(_PAUSE_S)
+        return json.dumps({"error": str(error)}) if options.json else str(error)
+
+
+def _text(told: status.Status, options: argparse.Namespace) -> str:
+    if options.json:
+        return json.dumps(dataclasses.asdict(told), indent=None if options.watch else 2)
+    colours = sys.stdout.isatty() and not settings.environment().get("NO_COLOR")
+    return status_text.render(told, colours=colours)
+
+
+def _write(text: str, options: argparse.Namespace) -> None:
+    if options.watch and sys.stdout.isatty():
+        text = f"{_CLEAR}{text}"
+    elif options.watch and not options.json:
+        text = f"{text}\n"
+    print(text, flush=True)  # noqa: T201
