@@ -22,7 +22,6 @@ from hostint_agent import (
     bpf_calls,
     check,
     counters,
-    doctor,
     http,
     interfaces,
     kernel,
@@ -30,9 +29,10 @@ from hostint_agent import (
     logs,
     settings,
     standalone,
-    status_command,
     unload,
 )
+from hostint_agent.doctor import command as doctor
+from hostint_agent.status import command as status_command
 from hostint_api import NodeConfigSpec
 
 log = structlog.get_logger()

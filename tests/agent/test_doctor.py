@@ -24,24 +24,26 @@ from hostint_agent import (
     attach,
     bpf_calls,
     clsact,
-    collector_checks,
-    datapath_checks,
-    doctor,
-    examination,
-    finding,
-    http_checks,
     interfaces,
     kernel,
     last_good,
     loader,
-    node_checks,
     node_rules,
-    probes,
     settings,
     tables,
     topology,
 )
 from hostint_agent import http as agent_http
+from hostint_agent.doctor import (
+    collector_checks,
+    datapath_checks,
+    examination,
+    finding,
+    http_checks,
+    node_checks,
+    probes,
+)
+from hostint_agent.doctor import command as doctor
 from hostint_api import NodeConfigSpec
 from tests.agent.cable import FAR, FAR6, cable
 from tests.lab import cni
@@ -100,7 +102,7 @@ def fails(found: finding.Finding, *words: str) -> None:
 _REFUSING = textwrap.dedent(
     """
     import ctypes, dataclasses, json, struct, sys
-    from hostint_agent import node_checks
+    from hostint_agent.doctor import node_checks
     libc = ctypes.CDLL(None, use_errno=True)
     call, first, code = json.loads(sys.argv[1])
     program = [(0x20, 0, 0, 0), (0x15, 0, 3, call), (0x20, 0, 0, 16), (0x15, 0, 1, first)]

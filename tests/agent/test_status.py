@@ -14,18 +14,10 @@ from pathlib import Path
 import pytest
 
 from hostint_agent import __main__ as command
-from hostint_agent import (
-    bpf_calls,
-    bpf_types,
-    counters,
-    hook_orders,
-    loader,
-    metrics,
-    pinned,
-    status,
-    status_text,
-    tallies,
-)
+from hostint_agent import bpf_calls, bpf_types, counters, loader, metrics
+from hostint_agent.status import hook_orders, pinned, tallies
+from hostint_agent.status import look as status
+from hostint_agent.status import text as status_text
 from tests.agent.test_metrics import NOW
 
 COMMAND = [sys.executable, "-m", "hostint_agent", "status"]

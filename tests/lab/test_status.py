@@ -27,7 +27,9 @@ from typing import Any
 
 import pytest
 
-from hostint_agent import bpf_calls, counters, kernel, loader, status, status_text
+from hostint_agent import bpf_calls, counters, kernel, loader
+from hostint_agent.status import look as status
+from hostint_agent.status import text as status_text
 from tests.lab import cni as cnis
 from tests.lab import scene as scenes
 from tests.lab import traffic

@@ -12,19 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from hostint_agent import (
-    bpf_calls,
-    bpf_types,
-    counters,
-    hook_orders,
-    kernel,
-    last_good,
-    loader,
-    map_contents,
-    pinned,
-    report_rings,
-    tallies,
-)
+from hostint_agent import bpf_calls, bpf_types, counters, kernel, last_good, loader, report_rings
+from hostint_agent.status import hook_orders, map_contents, pinned, tallies
 
 
 class NoStatus(Exception):

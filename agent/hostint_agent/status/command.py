@@ -10,7 +10,8 @@ import sys
 import time
 from collections.abc import Mapping
 
-from hostint_agent import settings, status, status_text
+from hostint_agent import settings
+from hostint_agent.status import look, text
 
 _NEEDS = "status needs CAP_BPF and CAP_NET_ADMIN: run it as root, or in the agent's container"
 _CLEAR = "\x1b[H\x1b[2J"
@@ -46,12 +47,12 @@ def _seconds(text: str) -> float:
 
 def run(options: argparse.Namespace) -> int:
     """Print; 0, or 1 where there is nothing to print, or not for us to see."""
-    where = status.Where(options.pin_dir, options.bpf_dir, options.state_dir, options.node)
+    where = look.Where(options.pin_dir, options.bpf_dir, options.state_dir, options.node)
     try:
-        _write(_text(status.gather(where, options.interval), options), options)
+        _write(_text(look.gather(where, options.interval), options), options)
         while options.watch:
             _write(_look_again(where, options), options)
-    except status.NoStatus as error:
+    except look.NoStatus as error:
         words = str(error)
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.EACCES):
@@ -63,22 +64,22 @@ def run(options: argparse.Namespace) -> int:
     return 1
 
 
-def _look_again(where: status.Where, options: argparse.Namespace) -> str:
+def _look_again(where: look.Where, options: argparse.Namespace) -> str:
     if not options.interval:
         time.sleep(_PAUSE_S)
     try:
-        return _text(status.gather(where, options.interval), options)
-    except status.NoStatus as error:
+        return _text(look.gather(where, options.interval), options)
+    except look.NoStatus as error:
         # an upgrade puts another datapath in the place of this one: what comes next is worth waiting for
         time.sleep(_PAUSE_S)
         return json.dumps({"error": str(error)}) if options.json else str(error)
 
 
-def _text(told: status.Status, options: argparse.Namespace) -> str:
+def _text(told: look.Status, options: argparse.Namespace) -> str:
     if options.json:
         return json.dumps(dataclasses.asdict(told), indent=None if options.watch else 2)
     colours = sys.stdout.isatty() and not settings.environment().get("NO_COLOR")
-    return status_text.render(told, colours=colours)
+    return text.render(told, colours=colours)
 
 
 def _write(text: str, options: argparse.Namespace) -> None:

@@ -4,8 +4,9 @@
 from collections.abc import Iterable, Iterator, Sequence
 from ipaddress import IPv4Address
 
-from hostint_agent import bpf_calls, hook_orders, status, tallies, text_page
-from hostint_agent.text_page import Cell, Page
+from hostint_agent import bpf_calls
+from hostint_agent.status import hook_orders, look, tallies
+from hostint_agent.status.page import LABEL, Cell, Page, cut
 
 _US = "hostint"
 _MOST_COLLECTOR = 16
@@ -21,7 +22,7 @@ _AGES = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 _SIZES = ((10**15, "P"), (10**12, "T"), (10**9, "G"))
 
 
-def render(told: status.Status, *, colours: bool) -> str:
+def render(told: look.Status, *, colours: bool) -> str:
     """The whole page."""
     page = Page(colours)
     _node(page, told)
@@ -34,7 +35,7 @@ def render(told: status.Status, *, colours: bool) -> str:
     return "\n".join(page.lines)
 
 
-def _node(page: Page, told: status.Status) -> None:
+def _node(page: Page, told: look.Status) -> None:
     page.field("NODE", f"{told.node}, node id {IPv4Address(told.node_id)}")
     if told.agent_running:
         pid = f", pid {told.agent_pid}" if told.agent_pid else ""
@@ -49,7 +50,7 @@ def _node(page: Page, told: status.Status) -> None:
         page.field("", words, "yellow")
 
 
-def _doubts(told: status.Status) -> Iterator[str]:
+def _doubts(told: look.Status) -> Iterator[str]:
     if not told.enabled:
         yield "not enabled: no packet is looked at; an agent enables it when it starts"
     if told.holding:
@@ -58,7 +59,7 @@ def _doubts(told: status.Status) -> Iterator[str]:
         yield f"hostint {told.version} is build {told.sources_build}: an agent of it that starts will load that"
 
 
-def _programs(page: Page, told: status.Status) -> None:
+def _programs(page: Page, told: look.Status) -> None:
     page.gap()
     header = ["PROGRAM", "KERNEL ID", "VERIFIED INSTRUCTIONS", "RUNS MISSED", "RUNS", "TIME A RUN"]
     if not any(one.runs for one in told.programs.values()):
@@ -79,7 +80,7 @@ def _program(name: str, one: bpf_calls.ProgramInfo) -> list[str | Cell]:
     ]
 
 
-def _attached(page: Page, told: status.Status) -> None:
+def _attached(page: Page, told: look.Status) -> None:
     page.gap()
     if not told.own_namespace:
         words = (
@@ -115,11 +116,11 @@ def _hook(page: Page, hook: hook_orders.Hook) -> None:
         where = f"{hook.method:<6}  {hook.place} of {len(everybody)}"
     else:
         colour, where = "red", "not attached"
-    direction = f"{' ' * text_page.LABEL}{hook.direction:<9}"
+    direction = f"{' ' * LABEL}{hook.direction:<9}"
     page.beside([("", direction), (colour, f"{where:<16}")], " > ".join(everybody))
 
 
-def _watched(page: Page, told: status.Status) -> None:
+def _watched(page: Page, told: look.Status) -> None:
     page.gap()
     words = f"{_count(told.rules)} directed ({told.own_rules} more of our own), generation {told.generation}"
     if told.configuration is not None:
@@ -138,12 +139,12 @@ def _watched(page: Page, told: status.Status) -> None:
             page.beside([("dim", f"{each.name}: ")], words, "dim")
 
 
-def _watchlist(each: status.Watchlist) -> list[str | Cell]:
+def _watchlist(each: look.Watchlist) -> list[str | Cell]:
     counts = [_count(max(0, each.counters[name])) for name in _COLUMNS]
-    return [each.name, text_page.cut(each.collector, _MOST_COLLECTOR), _count(each.rules), *counts]
+    return [each.name, cut(each.collector, _MOST_COLLECTOR), _count(each.rules), *counts]
 
 
-def _more(each: status.Watchlist) -> Iterator[str]:
+def _more(each: look.Watchlist) -> Iterator[str]:
     """What has no column, and is no loss."""
     if not each.live:
         yield "not live: its collector is none of this node's"
@@ -154,14 +155,14 @@ def _more(each: status.Watchlist) -> Iterator[str]:
         yield f"also {told}"
 
 
-def _collectors(page: Page, told: status.Status) -> None:
+def _collectors(page: Page, told: look.Status) -> None:
     if told.collectors:
         page.gap()
         header = ["COLLECTOR", "ADDRESS", "RATE LIMIT", "SENT", "FAILED"]
         page.table(header, map(_collector, told.collectors), left=2)
 
 
-def _collector(each: status.Collector) -> list[str | Cell]:
+def _collector(each: look.Collector) -> list[str | Cell]:
     address = f"[{each.address}]" if ":" in (each.address or "") else each.address
     limit = f"{_count(each.reports_per_second)}/s" if each.reports_per_second else "none"
     return [
@@ -173,7 +174,7 @@ def _collector(each: status.Collector) -> list[str | Cell]:
     ]
 
 
-def _filled(page: Page, told: status.Status) -> None:
+def _filled(page: Page, told: look.Status) -> None:
     page.gap()
     page.field("FLOWS", f"{_of(told.flows, told.flow_places)} places of the table taken")
     slots = ", ".join(f"{_count(count)} {state}" for state, count in told.slots.items() if count)
@@ -189,7 +190,7 @@ def _filled(page: Page, told: status.Status) -> None:
         page.field("RATES", f"{words} (over {r.seconds:.1f} s)")
 
 
-def _rings(kind: str, rings: Sequence[status.Ring]) -> tuple[str, str]:
+def _rings(kind: str, rings: Sequence[look.Ring]) -> tuple[str, str]:
     full = max(ring.waiting / ring.size for ring in rings)
     colour = "red" if full >= 1 else "yellow" if full >= 0.5 else ""
     waiting = [f"{_of(r.waiting, r.size)} on CPU {r.cpu}" for r in rings if r.waiting]
@@ -199,7 +200,7 @@ def _rings(kind: str, rings: Sequence[status.Ring]) -> tuple[str, str]:
     return f"{kind}: {', '.join(waiting)}", colour
 
 
-def _lost(page: Page, told: status.Status) -> None:
+def _lost(page: Page, told: look.Status) -> None:
     page.gap()
     if not told.losses:
         page.field("LOST", "nothing lost", "green")

@@ -4,15 +4,15 @@
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from hostint_agent import (
+from hostint_agent import settings
+from hostint_agent.doctor import (
     collector_checks,
     datapath_checks,
     finding,
     http_checks,
     node_checks,
-    settings,
 )
-from hostint_agent.finding import Finding
+from hostint_agent.doctor.finding import Finding
 from hostint_agent.node_rules import Destination
 
 

@@ -8,8 +8,8 @@ import json
 import os
 import socket
 
-from hostint_agent import finding
-from hostint_agent.finding import Finding
+from hostint_agent.doctor import finding
+from hostint_agent.doctor.finding import Finding
 
 _TIMEOUT_S = 2.0
 _ANOTHER = "choose another address with --http HOST:PORT (env HOSTINT_HTTP)"

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hostint_agent import bpf_types, finding, last_good, netlink
-from hostint_agent.finding import Finding
+from hostint_agent import bpf_types, last_good, netlink
+from hostint_agent.doctor import finding
+from hostint_agent.doctor.finding import Finding
 from hostint_agent.node_rules import Destination
 
 _IP_MTU, _IPV6_MTU = 14, 24

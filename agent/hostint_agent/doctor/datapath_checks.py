@@ -8,18 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hostint_agent import (
-    attach,
-    bpf_calls,
-    bpf_types,
-    clsact,
-    finding,
-    interfaces,
-    kernel,
-    loader,
-    netlink,
-)
-from hostint_agent.finding import Finding
+from hostint_agent import attach, bpf_calls, bpf_types, clsact, interfaces, kernel, loader, netlink
+from hostint_agent.doctor import finding
+from hostint_agent.doctor.finding import Finding
 
 _TCX_TYPE = {"ingress": bpf_calls.TCX_INGRESS, "egress": bpf_calls.TCX_EGRESS}
 # of hundreds of interfaces that are as they should be

@@ -12,8 +12,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from hostint_agent import attach, bpf_calls, finding, kernel, loader, probes, tables
-from hostint_agent.finding import Finding
+from hostint_agent import attach, bpf_calls, kernel, loader, tables
+from hostint_agent.doctor import finding, probes
+from hostint_agent.doctor.finding import Finding
 
 _OLDEST_KERNEL = (6, 1)
 _DROP_REASON_ARGUMENT = 2

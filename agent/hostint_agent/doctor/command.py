@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from hostint_agent import settings
-from hostint_agent.finding import Finding
+from hostint_agent.doctor.finding import Finding
 from hostint_agent.node_rules import Destination
 
 _COLOURS = {"ok": "32", "warning": "33", "failure": "31"}
@@ -82,7 +82,7 @@ def wants_colours(is_terminal: bool, environment: Mapping[str, str]) -> bool:
 
 def run(options: argparse.Namespace) -> int:
     """Examine the node and print what was found; 0: nothing failed, 1: something did."""
-    from hostint_agent import examination  # memory that no agent needs
+    from hostint_agent.doctor import examination  # memory that no agent needs
 
     findings = list(examination.examine(settings.from_options(options), options.collectors))
     if options.json:
