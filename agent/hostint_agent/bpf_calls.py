@@ -16,6 +16,7 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 _SYSCALL = {"x86_64": 321, "aarch64": 280, "riscv64": 280}[platform.machine()]
 _ATTR_BYTES = 160
 
+MAP_CREATE = 0
 MAP_LOOKUP_ELEM = 1
 MAP_UPDATE_ELEM = 2
 MAP_DELETE_ELEM = 3
@@ -35,6 +36,7 @@ TCX_INGRESS = 46
 TCX_EGRESS = 47
 F_BEFORE = 8
 PERCPU_TYPES = frozenset({5, 6, 10, 21})
+_ARRAY, _ARRAY_OF_MAPS = 2, 12
 
 
 class BpfError(OSError):
@@ -52,6 +54,22 @@ def bpf(command: int, attr: bytes | ctypes.Array[ctypes.c_char], what: str) -> i
         code = ctypes.get_errno()
         raise BpfError(code, os.strerror(code), what)
     return result
+
+
+def wait_for_programs() -> None:
+    """Return when every program that runs now has ended: an RCU grace period, some milliseconds.
+
+    That is what the kernel does after a map in a map was replaced (maybe_wait_bpf_programs), whatever its configuration;
+    membarrier(2) would refuse where there are nohz_full CPUs. Raises BpfError.
+    """
+    inner = bpf(MAP_CREATE, struct.pack("=IIIII", _ARRAY, 4, 4, 1, 0), "make a map")
+    try:
+        attr = struct.pack("=IIIIII", _ARRAY_OF_MAPS, 4, 4, 1, 0, inner)
+        outer = Map(bpf(MAP_CREATE, attr, "make a map of maps"))
+        outer.update(bytes(4), struct.pack("=i", inner))
+        outer.close()
+    finally:
+        os.close(inner)
 
 
 def possible_cpus() -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import structlog
 
-from hostint_agent import bpf_calls, counters, exporter, kernel, loader, node_rules, tables
+from hostint_agent import bpf_calls, counters, exporter, kernel, loader, node_rules
 
 log = structlog.get_logger()
 
@@ -39,7 +39,7 @@ def complete(
     """Once the programs in `directory` are attached everywhere: take over what is left of others, and unpin them. Raises OSError."""
     strangers = [build for build in older if not loader.have_same_maps(build, directory)]
     if strangers:
-        tables.wait_for_readers()
+        bpf_calls.wait_for_programs()
     for build in older:
         if build in strangers:
             _take_over(build / "maps", directory / "maps", sending, destinations)

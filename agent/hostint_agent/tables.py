@@ -26,9 +26,6 @@ _SIDE_ELEMENTS = {
     "policies": bpf_types.MAX_WATCHLISTS,
     "collectors": bpf_types.MAX_COLLECTORS,
 }
-_LIBC = ctypes.CDLL(None, use_errno=True)
-_MEMBARRIER = {"x86_64": 324, "aarch64": 283, "riscv64": 283}[platform.machine()]
-_MEMBARRIER_CMD_GLOBAL = 1
 _STORES_ARE_ORDERED = platform.machine() == "x86_64"
 
 Policies = Mapping[int, bpf_types.Policy]
@@ -55,7 +52,7 @@ class Tables:
         self._held: list[Mapping[str, Blocks]] = [{}, {}]
         # programs that run now may still read the side that is not live; nobody waits for them before there is need to
         self._background = futures.ThreadPoolExecutor(max_workers=1)
-        self._readers_left = self._background.submit(wait_for_readers)
+        self._readers_left = self._background.submit(bpf_calls.wait_for_programs)
 
     @property
     def generation(self) -> int:
@@ -70,7 +67,7 @@ class Tables:
         if self.generation != self._left_at:
             # someone else wrote meanwhile
             self._held = [{}, {}]
-            self._readers_left = self._background.submit(wait_for_readers)
+            self._readers_left = self._background.submit(bpf_calls.wait_for_programs)
         generation = self.generation + 1
         side = generation & 1
         wanted = {
@@ -89,7 +86,7 @@ class Tables:
         self._held[side] = wanted
         self._flip(generation)
         self._left_at = generation
-        self._readers_left = self._background.submit(wait_for_readers)
+        self._readers_left = self._background.submit(bpf_calls.wait_for_programs)
         return generation
 
     def _wait(self) -> None:
@@ -97,7 +94,7 @@ class Tables:
         try:
             self._readers_left.result()
         except OSError:
-            self._readers_left = self._background.submit(wait_for_readers)
+            self._readers_left = self._background.submit(bpf_calls.wait_for_programs)
             raise
 
     def _write(self, name: str, side: int, blocks: Blocks, held: Blocks) -> int:
@@ -152,10 +149,3 @@ def _array(
     for index, entry in entries.items():
         content[index * size : (index + 1) * size] = bytes(entry)
     return bytes(content)
-
-
-def wait_for_readers() -> None:
-    """Return when every program that runs now has ended: an RCU grace period (membarrier(2), MEMBARRIER_CMD_GLOBAL)."""
-    if _LIBC.syscall(_MEMBARRIER, _MEMBARRIER_CMD_GLOBAL, 0, 0) < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, "membarrier: cannot wait for running programs")

@@ -30,7 +30,6 @@ from hostint_agent import (
     loader,
     node_rules,
     settings,
-    tables,
     topology,
 )
 from hostint_agent import http as agent_http
@@ -118,17 +117,13 @@ _REFUSING = textwrap.dedent(
 )
 
 
-def refused(check: str, *arguments: str, call: int, first: int, code: int) -> finding.Finding:
-    """What a check finds where the kernel refuses a system call with this first argument."""
-    command = [sys.executable, "-c", _REFUSING, json.dumps([call, first, code]), check, *arguments]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+def refused_bpf(check: str, *arguments: str, command: int) -> finding.Finding:
+    """What a check finds where the kernel refuses a command of bpf(2)."""
+    refusal = json.dumps([bpf_calls._SYSCALL, command, errno.EINVAL])
+    line = [sys.executable, "-c", _REFUSING, refusal, check, *arguments]
+    ended = subprocess.run(line, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 0, ended.stderr
     return finding.Finding(**json.loads(ended.stdout))
-
-
-def refused_bpf(check: str, *arguments: str, command: int) -> finding.Finding:
-    call = bpf_calls._SYSCALL
-    return refused(check, *arguments, call=call, first=command, code=errno.EINVAL)
 
 
 # the kernel
@@ -258,18 +253,17 @@ def test_maps_that_cannot_be_made_fail():
     fails(found, "make an array that can be mapped: Invalid argument")
 
 
+@pytest.mark.bpf
 def test_running_programs_can_be_waited_for():
-    is_ok(node_checks.membarrier())
+    is_ok(node_checks.grace_period())
 
 
-@pytest.mark.parametrize(
-    ("code", "words"),
-    [(errno.EINVAL, ("Invalid argument", "nohz_full=")), (errno.EPERM, ("not permitted", "seccomp"))],
-    ids=["nohz_full", "seccomp"],
-)  # fmt: skip
-def test_where_membarrier_does_not_work_the_reason_is_named(code, words):
-    call, first = tables._MEMBARRIER, tables._MEMBARRIER_CMD_GLOBAL
-    fails(refused("membarrier", call=call, first=first, code=code), *words)
+def test_where_they_cannot_the_check_says_what_the_kernel_refused():
+    def refuse() -> None:
+        raise bpf_calls.BpfError(errno.EPERM, "Operation not permitted", "make a map of maps")
+
+    found = list(examination._each("grace period", refuse))
+    fails(found[0], "make a map of maps: Operation not permitted", finding.RIGHTS)
 
 
 # rights

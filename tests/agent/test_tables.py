@@ -141,7 +141,7 @@ def test_under_load_every_verdict_is_of_the_old_list_or_of_the_new_one(load):
             number = pick.choice(others)
             load.commit(writer, compiler, number)
             commits += 1
-            tables.wait_for_readers()
+            bpf_calls.wait_for_programs()
             live = load.seen()
             eventually(lambda: load.seen()[number] > live[number] + 1000)  # noqa: B023
             now = load.seen()
@@ -301,7 +301,7 @@ def test_a_wait_that_failed_is_made_again(probe, judge, monkeypatch):
         if outcome:
             raise outcome
 
-    monkeypatch.setattr(tables, "wait_for_readers", wait)
+    monkeypatch.setattr(bpf_calls, "wait_for_programs", wait)
     writer = tables.Tables(probe.maps)
     rules = reference_classifier.World(4).rules(20)
     image = classifier.compile_rules(rules)
@@ -323,7 +323,7 @@ def test_nothing_is_written_before_programs_that_began_before_the_flip_have_ende
         waits.append("began")
         assert ended.acquire(timeout=DEADLINE_S)
 
-    monkeypatch.setattr(tables, "wait_for_readers", wait)
+    monkeypatch.setattr(bpf_calls, "wait_for_programs", wait)
     writer = tables.Tables(probe.maps)
     memory = classifier_probe.memory_of(probe.maps, "classifier_rules")
     images = [classifier.compile_rules([rule(number)]) for number in (1001, 1002)]

@@ -26,7 +26,7 @@ def examine(chosen: settings.Settings, collectors: Sequence[Destination]) -> Ite
     yield from _each("drop tracepoint", node_checks.drop_tracepoint)
     yield from _each("tcx", lambda: node_checks.tcx(chosen.mode))
     yield from _each("rings", node_checks.shared_memory)
-    yield from _each("membarrier", node_checks.membarrier)
+    yield from _each("grace period", node_checks.grace_period)
     yield from _each("bpffs", lambda: node_checks.bpffs(chosen.pin_dir))
     yield from _each("compiler", lambda: node_checks.compiler(chosen.bpf_dir))
     yield from _each("datapath", lambda: _datapath(chosen))

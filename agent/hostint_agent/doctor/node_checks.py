@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from hostint_agent import attach, bpf_calls, kernel, loader, tables
+from hostint_agent import attach, bpf_calls, kernel, loader
 from hostint_agent.doctor import finding, probes
 from hostint_agent.doctor.finding import Finding
 
@@ -248,18 +248,10 @@ def compiler_trouble(said: str, status: int) -> Finding:
     return finding.failure("compiler", f"bcc: {told[0]}", remedy)
 
 
-def membarrier(wait: Callable[[], None] = tables.wait_for_readers) -> Finding:
-    """The agent can wait for running programs to end."""
-    try:
-        wait()
-    except OSError as error:
-        remedy = (
-            "boot without nohz_full= on the kernel's command line"
-            if error.errno == errno.EINVAL
-            else "needed is CONFIG_MEMBARRIER, and a seccomp profile that allows membarrier"
-        )
-        return finding.failure("membarrier", f"membarrier: {os.strerror(error.errno or 0)}", remedy)
-    return finding.ok("membarrier", "running programs can be waited for")
+def grace_period() -> Finding:
+    """The agent can wait for running programs to end, which it does before it writes a table again. Raises OSError."""
+    bpf_calls.wait_for_programs()
+    return finding.ok("grace period", "running programs can be waited for")
 
 
 def _told(error: OSError) -> str:
