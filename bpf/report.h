@@ -17,6 +17,7 @@
 
 #define RATE_WINDOW_NS 100000000ULL
 #define RATE_WINDOWS_PER_SECOND 10
+#define RATE_USED ((1ULL << RATE_USED_BITS) - 1)
 
 /* A ring record being written. */
 struct record {
@@ -33,25 +34,27 @@ enum reserve_result {
 	RESERVE_RING_FULL = 2,
 };
 
-/* Count one report against its collector's limit. Fixed windows of 100 ms; a window never lets more than its share. */
+/*
+ * Count one report against its collector's limit: fixed windows of 100 ms, none of which lets more than its share through on
+ * all CPUs together. Number and count of a window are one word, so that whoever opens one takes the first place in it.
+ */
 static __always_inline bool within_rate(__u32 collector, __u32 reports_per_second, __u64 now)
 {
 	struct rate_window *window;
 	__u64 share = reports_per_second / RATE_WINDOWS_PER_SECOND;
-	__u64 start;
+	__u64 number = now / RATE_WINDOW_NS, seen;
 
 	if (!reports_per_second)
 		return true;
 	window = rate_windows.lookup(&collector);
 	if (!window)
 		return true;
-	start = window->start_ns;
-	if (now - start >= RATE_WINDOW_NS && now > start) {
-		/* one CPU wins the exchange and opens the new window */
-		if (__sync_val_compare_and_swap(&window->start_ns, start, now) == start)
-			window->used = 0;
-	}
-	return __sync_fetch_and_add(&window->used, 1) < (share ? share : 1);
+	seen = READ_ONCE(window->state);
+	/* whoever loses the exchange finds the window open */
+	if ((seen >> RATE_USED_BITS) < number &&
+	    __sync_val_compare_and_swap(&window->state, seen, (number << RATE_USED_BITS) | 1) == seen)
+		return true;
+	return (__sync_fetch_and_add(&window->state, 1) & RATE_USED) < (share ? share : 1);
 }
 
 /*

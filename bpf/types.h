@@ -113,9 +113,10 @@ struct collector {
 
 /* Fixed-window rate limit of one collector, shared by all CPUs. */
 struct rate_window {
-	__u64 start_ns;
-	__u64 used;
+	__u64 state; /* number of the window << RATE_USED_BITS | reports asked for in it */
 };
+
+#define RATE_USED_BITS 24
 
 /* Settings that are not rules; one element. */
 struct config {

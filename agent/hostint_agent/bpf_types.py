@@ -13,6 +13,7 @@ REPORT_BYTES = 192
 SNAP_BYTES = 128
 DROP_REASONS = 512
 RINGS_PER_CPU = 2
+RATE_USED_BITS = 24
 NR_LOCAL_FILTER_WORDS = 1024
 
 
@@ -139,12 +140,9 @@ class Collector(ctypes.Structure):
 
 
 class RateWindow(ctypes.Structure):
-    """Rate limit of one collector, current window."""
+    """Rate limit of one collector: number and use of the current window in one word."""
 
-    _fields_ = (
-        ("start_ns", ctypes.c_uint64),
-        ("used", ctypes.c_uint64),
-    )
+    _fields_ = (("state", ctypes.c_uint64),)
 
 
 class Config(ctypes.Structure):
