@@ -33,6 +33,8 @@ PINNED_MMAPABLE(report_iovs, struct report_iov, NR_RECORDS);
 PINNED_MMAPABLE(report_collectors, __u64, NR_RECORDS);
 PINNED_MMAPABLE(ring_heads, struct ring_position, NR_RINGS);
 PINNED_MMAPABLE(ring_tails, struct ring_position, NR_RINGS);
+/* what the agent waits on while it is asleep; nothing in it is read */
+PINNED_RINGBUF(bell, 1);
 /* sent and failed reports per collector, kept by the exporter over its own restarts: {sent, failed} */
 PINNED_MMAPABLE(export_counters, struct export_counter, MAX_COLLECTORS);
 /* what datapaths that this one has replaced had counted; written by the agent only */

@@ -24,6 +24,7 @@ struct record {
 	__u8 *bytes;
 	struct report_iov *iov;
 	struct ring_position *head;
+	struct ring_position *tail;
 	__u32 hw_id;
 	__u32 sequence;
 };
@@ -93,8 +94,21 @@ static __always_inline enum reserve_result reserve_record(enum ring_kind kind, _
 	*to = collector_index;
 	record->bytes = bytes->bytes;
 	record->head = head;
+	record->tail = tail;
 	record->hw_id = (cpu & HW_ID_CPU_MASK) | (kind == RING_DROP ? HW_ID_DROP : 0);
 	return RESERVED;
+}
+
+/*
+ * Wake the agent. It looks once more a little after it has said that it sleeps, so a program that read the word just before
+ * need not be ordered with it; this load is all that a report usually pays, and its cache line has been read already.
+ */
+static __always_inline void ring_bell(struct ring_position *tail)
+{
+	__u64 nothing = 0;
+
+	if (__sync_lock_test_and_set(&tail->asleep, 0))
+		bell.ringbuf_output(&nothing, sizeof(nothing), BPF_RB_FORCE_WAKEUP);
 }
 
 /* Hand the record to the agent: its bytes are complete. */
@@ -103,6 +117,8 @@ static __always_inline void commit_record(struct record *record, __u32 bytes)
 	record->iov->len = bytes;
 	barrier();
 	WRITE_ONCE(record->head->value, record->head->value + 1);
+	if (unlikely(READ_ONCE(record->tail->asleep)))
+		ring_bell(record->tail);
 }
 
 static __always_inline __u16 port_id(__u32 ifindex)

@@ -170,7 +170,8 @@ struct report_iov {
 /* Ring position, alone in its cache line. head is written by the program, tail by the agent; both only grow. */
 struct ring_position {
 	__u64 value;
-	__u64 pad[7];
+	__u64 asleep; /* of a tail, 1: the agent looks rarely, and wants the bell rung when there is a report */
+	__u64 pad[6];
 };
 
 /* Key of local_addresses; IPv4 as IPv4-mapped IPv6. */

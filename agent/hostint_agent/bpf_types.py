@@ -210,7 +210,8 @@ class RingPosition(ctypes.Structure):
 
     _fields_ = (
         ("value", ctypes.c_uint64),
-        ("pad", ctypes.c_uint64 * 7),
+        ("asleep", ctypes.c_uint64),
+        ("pad", ctypes.c_uint64 * 6),
     )
 
 

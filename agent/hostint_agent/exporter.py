@@ -22,12 +22,15 @@ from typing import TypeVar
 
 import structlog
 
-from hostint_agent import bpf_calls, bpf_types, numbering, report_rings, senders
+from hostint_agent import bell, bpf_calls, bpf_types, numbering, report_rings, senders
 from hostint_agent.node_rules import Destination
 
 # a collector that knows how to take late reports back must look this far
 CHUNK = 1024
 _MIN_PAUSE_MS, _MAX_PAUSE_MS = 2, 50
+# when pauses have grown to the longest there is nothing to do, and the programs ring a bell when there is. They have read that
+# they are to after so long, and should one ever not ring, this is how late its report is
+_FALLING_ASLEEP_MS, _ASLEEP_MS = 2, 250
 # while reports come: a ring of 16,384 takes more than a million a second for so long
 _BUSY_PAUSE_MS = 10
 # a ring that was fuller than this share of it is looked after sooner
@@ -69,6 +72,7 @@ class Exporter:
     ) -> None:
         """Map the rings below `maps`. `renumber` None: by the number of CPUs. Raises bpf_calls.BpfError."""
         self._rings = report_rings.Rings(maps)
+        self._bell = bell.Bell(maps)
         cpus = bpf_calls.possible_cpus()
         renumber = cpus > numbering.HW_IDS_PER_KIND if renumber is None else renumber
         self._numbering = numbering.Numbering(maps, self._rings, CHUNK) if renumber else None
@@ -161,15 +165,37 @@ class Exporter:
                 self._rings.counters[index].failed += failed
 
     def _run(self) -> None:
-        bell = select.poll()
-        bell.register(self._wake, select.POLLIN)
+        waiter = select.poll()
+        waiter.register(self._wake, select.POLLIN)
+        waiter.register(self._bell.fileno(), select.POLLIN)
         pause_ms = _MIN_PAUSE_MS
         while not self._stopping:
             taken, waiting = self._round()
-            pause_ms = _next_pause(pause_ms, max(waiting), self._rings.size)
             # what a round left waits for no pause
-            if taken == sum(waiting):
-                bell.poll(pause_ms)
+            if taken < sum(waiting):
+                continue
+            if pause_ms == _MAX_PAUSE_MS and not taken:
+                self._sleep(waiter)
+                pause_ms = _MIN_PAUSE_MS
+                continue
+            pause_ms = _next_pause(pause_ms, max(waiting), self._rings.size)
+            waiter.poll(pause_ms)
+        self._rings.set_asleep(False)
+
+    def _sleep(self, waiter: select.poll) -> None:
+        """Return when there is something to do, or somebody wants this thread."""
+        self._bell.hush()
+        self._rings.set_asleep(True)
+        rung = waiter.poll(_FALLING_ASLEEP_MS)
+        while not rung and not any(self._rings.waiting()):
+            rung = waiter.poll(_ASLEEP_MS)
+        self._rings.set_asleep(False)
+        if not self._stopping and any(descriptor == self._wake for descriptor, _ in rung):
+            os.eventfd_read(self._wake)
+
+    def poke(self) -> None:
+        """Have the thread look at the rings now."""
+        os.eventfd_write(self._wake, 1)
 
     def poll(self) -> int:
         """Send what waits, at most one chunk of each ring; how many records were taken."""

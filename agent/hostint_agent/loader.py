@@ -49,6 +49,7 @@ _PRELUDE = """
 #define PINNED_MMAPABLE(name, leaf, n) BPF_F_TABLE("array", u32, leaf, name, ENTRIES(n), 1024)
 #define PINNED_PERCPU_ARRAY(name, leaf, n) BPF_F_TABLE("percpu_array", u32, leaf, name, ENTRIES(n), 0)
 #define PINNED_HASH(name, key, leaf, n) BPF_F_TABLE("hash", key, leaf, name, ENTRIES(n), 0)
+#define PINNED_RINGBUF(name, pages) BPF_RINGBUF_OUTPUT(name, pages)
 """
 # in the style of our sources: the body of a function is between a line that is "{" and one that is "}"
 _FUNCTION = re.compile(r"^\w[^#;{}]*\)\n\{\n.*?^\}$", re.MULTILINE | re.DOTALL)

@@ -29,8 +29,8 @@ class Rings:
         self._records = bpf_calls.Map.open(maps / "report_records")
         weakref.finalize(self, self._records.close)
         self.stride, total = self._records.stride, self._records.max_entries
-        self._heads = self._positions(maps / "ring_heads")
-        self._tails = self._positions(maps / "ring_tails")
+        (self._heads,) = self._positions(maps / "ring_heads", "value")
+        self._tails, self._asleep = self._positions(maps / "ring_tails", "value", "asleep")
         self.count = len(self._heads)
         self.size = total // self.count
         # by ring; 0: not mapped yet
@@ -52,12 +52,19 @@ class Rings:
         self._kept.append(memory)
         return ctypes.addressof(ctypes.c_char.from_buffer(memory))
 
-    def _positions(self, path: Path) -> memoryview:
+    def _positions(self, path: Path, *fields: str) -> list[memoryview]:
+        """One word of each ring's position, for each of the fields."""
         opened = bpf_calls.Map.open(path)
         count = opened.max_entries
         opened.close()
         step = ctypes.sizeof(bpf_types.RingPosition) // 8
-        return _words(self._address(path), count * step)[::step]
+        words = _words(self._address(path), count * step)
+        return [words[getattr(bpf_types.RingPosition, f).offset // 8 :: step] for f in fields]
+
+    def set_asleep(self, asleep: bool) -> None:
+        """Have the programs ring the bell with the next report of each ring, or not."""
+        for ring in range(self.count):
+            self._asleep[ring] = int(asleep)
 
     def waiting(self) -> list[int]:
         """Records that wait, by ring. Safe to ask from any thread."""

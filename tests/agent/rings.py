@@ -3,6 +3,7 @@
 
 import contextlib
 import ctypes
+import mmap
 import os
 import shutil
 import socket
@@ -16,7 +17,7 @@ from hostint_agent import bpf_calls, bpf_types
 from hostint_agent.node_rules import Destination
 
 _MAP_CREATE = 0
-_ARRAY = 2
+_ARRAY, _RINGBUF = 2, 27
 _MMAPABLE = 1024
 _SO_RCVBUFFORCE = 33
 RING_SIZE = 128
@@ -53,6 +54,10 @@ class Rings:
         self._tails = _create(maps / "ring_tails", position, count).memory()
         self._sequences = _create(maps / "sequences", 8, count * bpf_types.MAX_COLLECTORS)
         _create(maps / "export_counters", 16, bpf_types.MAX_COLLECTORS)
+        attr = struct.pack("=IIIII", _RINGBUF, 0, 0, mmap.PAGESIZE, 0)
+        fd = bpf_calls.bpf(_MAP_CREATE, attr, "create bell")
+        bpf_calls.obj_pin(fd, maps / "bell")
+        os.close(fd)
 
     def _position(self, memory: object, ring: int) -> ctypes.c_uint64:
         offset = ring * ctypes.sizeof(bpf_types.RingPosition)

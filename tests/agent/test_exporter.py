@@ -392,6 +392,38 @@ def test_the_fuller_a_ring_was_the_sooner_it_is_looked_after(pause, fullest, the
     assert exporter._next_pause(pause, fullest, 16384) == then
 
 
+def test_a_report_of_who_did_not_know_yet_that_it_sleeps_is_sent_all_the_same(monkeypatch):
+    """A program that read the word just before it was written does not ring."""
+    monkeypatch.setattr(exporter, "_ASLEEP_MS", 600_000)
+    with rings() as datapath, Receiver() as receiver:
+        exports = exported(datapath, {0: receiver.destination})
+        say, written = exports._rings.set_asleep, []
+
+        def late(asleep: bool) -> None:
+            if asleep and len(written) < 3:
+                written.append(datapath.write(1, 0))
+            say(asleep)
+
+        monkeypatch.setattr(exports._rings, "set_asleep", late)
+        exports.start()
+        assert receiver.take(3) == written
+        exports.stop()
+
+
+def test_poked_it_looks_at_once(monkeypatch):
+    monkeypatch.setattr(exporter, "_ASLEEP_MS", 600_000)
+    with rings() as datapath, Receiver() as receiver:
+        exports = exported(datapath, {0: receiver.destination})
+        exports.start()
+        eventually(lambda: all(exports._rings._asleep))
+        # it looks once more
+        time.sleep(0.1)
+        written = [datapath.write(0, 0)]
+        exports.poke()
+        assert receiver.take(1) == written
+        exports.stop()
+
+
 def test_stop_sends_what_waits():
     with rings() as datapath, Receiver() as receiver:
         exports = exported(datapath, {0: receiver.destination})
