@@ -338,6 +338,7 @@ static __always_inline void observe_drop(__u64 address, __u32 kernel_reason, str
 	arrival.ifindex = slot->ifindex;
 	scratch->arrived = slot->key;
 	read_tuple(&scratch->key, &dead);
+	scratch->key.print = scratch->arrived.print; /* not looked at: the addresses must agree */
 	proof = proof_of(slot, dead.tc_index, dead.iif);
 	/*
 	 * One tag in some thousands is the same by chance (a clone's, or one of another node of this kernel): the addresses

@@ -254,6 +254,9 @@ static __always_inline bool is_departing(struct __sk_buff *skb, struct slot *slo
 {
 	enum proof proof = proof_of(slot, (__u16)skb->tc_index, skb->ingress_ifindex);
 
+	/* an equal tag may be chance, one time in 16,384 */
+	if (unlikely(parsed && !may_be_same_packet(&scratch->key, &slot->key)))
+		proof = PROOF_NONE;
 	if (unlikely(proof != PROOF_TAG) &&
 	    (proof == PROOF_NONE || !(parsed && shares_a_side(&scratch->key, &slot->key)))) {
 		disown_slot(slot, owner);

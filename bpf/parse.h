@@ -19,6 +19,7 @@
 #define ETHERTYPE_QINQ 0x88a8
 #define IPV4_MIN_BYTES 20
 #define IPV6_BYTES 40
+#define IPV6_FLOW_LABEL __builtin_bswap32(0xfffff)
 #define MAX_EXTENSION_HEADERS 6
 /* no header we look for starts beyond; gives the verifier a bound */
 #define MAX_HEADER_OFFSET 1600
@@ -48,6 +49,7 @@ struct tuple_rest {
 	__u8 protocol;
 	__u8 family;
 	__u8 no_ports;
+	__u32 own; /* what of the packet packet_print is made of */
 };
 
 static __always_inline __u32 read_be16(const __u8 *bytes)
@@ -62,6 +64,16 @@ static __always_inline int is_extension_header(__u8 protocol)
 }
 
 /*
+ * Some bits of what stays the same while a host forwards a packet, whatever NAT does to it, and differs from packet to packet
+ * of a flow: the IPv4 identification, or IPv6 flow label and fragment identification, with the TCP sequence number or the UDP
+ * length. They tell apart packets whose tags are equal by chance.
+ */
+static __always_inline __u8 packet_print(__u32 own)
+{
+	return (own * 0x9e3779b1U) >> 24;
+}
+
+/*
  * A tuple is compared and copied in words of 64 bits right after it was written, so it is written in such words: a load
  * that spans several younger stores waits until they have left the store buffer.
  */
@@ -69,7 +81,7 @@ static __always_inline void write_rest(struct flow_key *key, const struct tuple_
 {
 	*(__u64 *)&key->source_port = (__u64)rest->source_port | ((__u64)rest->destination_port << 16) |
 				      ((__u64)rest->protocol << 32) | ((__u64)rest->family << 40) |
-				      ((__u64)rest->no_ports << 48);
+				      ((__u64)rest->no_ports << 48) | ((__u64)packet_print(rest->own) << 56);
 }
 
 static __always_inline void write_addresses4(struct flow_key *key, const __u8 *ip)
@@ -108,6 +120,7 @@ static __always_inline int parse_ipv4(const __u8 *data, const __u8 *end, __u32 o
 	rest->family = 4;
 	rest->protocol = ip[9];
 	rest->no_ports = (read_be16(ip + 6) & 0x1fff) != 0;
+	rest->own = *(const __be16 *)(ip + 4);
 	return offset + header_bytes;
 }
 
@@ -123,6 +136,7 @@ static __always_inline int parse_ipv6(const __u8 *data, const __u8 *end, __u32 o
 	write_addresses6(key, ip);
 	rest->family = 6;
 	rest->no_ports = 0;
+	rest->own = *(const __be32 *)ip & IPV6_FLOW_LABEL;
 	protocol = ip[6];
 	offset += IPV6_BYTES;
 #pragma unroll
@@ -139,6 +153,7 @@ static __always_inline int parse_ipv6(const __u8 *data, const __u8 *end, __u32 o
 		following = header[0];
 		if (protocol == PROTO_FRAGMENT) {
 			offset += 8;
+			rest->own ^= *(const __be32 *)(header + 4);
 			if (read_be16(header + 2) & 0xfff8)
 				rest->no_ports = 1;
 		} else if (protocol == PROTO_AUTH) {
@@ -172,6 +187,10 @@ static __always_inline __u32 parse_transport(const __u8 *data, const __u8 *end, 
 			return 0;
 		rest->source_port = read_be16(transport);
 		rest->destination_port = read_be16(transport + 2);
+		if (protocol == PROTO_TCP)
+			rest->own ^= *(const __be32 *)(transport + 4);
+		else if (protocol == PROTO_UDP)
+			rest->own ^= *(const __be16 *)(transport + 4);
 		return offset;
 	}
 	if (protocol == PROTO_ICMP || protocol == PROTO_ICMPV6) {

@@ -140,6 +140,15 @@ static __always_inline bool shares_a_side(const struct flow_key *one, const stru
 }
 
 /*
+ * False if a packet with this tuple cannot be the one that came in with the other, though its tag is the same. Where they have
+ * no side in common it is in a tunnel now, or NAT has changed both: then the tag alone speaks.
+ */
+static __always_inline bool may_be_same_packet(const struct flow_key *one, const struct flow_key *other)
+{
+	return one->print == other->print || !shares_a_side(one, other);
+}
+
+/*
  * Counters of one watchlist, of the program that counts. Each kind of program has its own, so that none needs an atomic
  * addition: TC programs run with softirqs off, and the tracepoint program, which they may interrupt, not within itself.
  */

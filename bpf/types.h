@@ -49,7 +49,7 @@ struct flow_key {
 	__u8 protocol;
 	__u8 family; /* 4 or 6 */
 	__u8 no_ports; /* 1: later fragment, truncated header, or more extension headers than we follow */
-	__u8 pad;
+	__u8 print;    /* of what no hop changes and the next packet of the flow has otherwise, see packet_print; 0 if not known */
 };
 
 /* What the classifier says: 0 everywhere if no rule matched. */

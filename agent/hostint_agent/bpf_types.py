@@ -57,7 +57,7 @@ class FlowKey(ctypes.Structure):
         ("protocol", ctypes.c_uint8),
         ("family", ctypes.c_uint8),
         ("no_ports", ctypes.c_uint8),
-        ("pad", ctypes.c_uint8),
+        ("print", ctypes.c_uint8),
     )
 
 
