@@ -7,7 +7,7 @@ import re
 import shutil
 import signal
 import statistics
-import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -153,13 +153,17 @@ def _pings(lab: Lab) -> Iterator[_Pings]:
     """Ping until left."""
     one, other = lab.nodes[0].pods
     command = ["ping", "-n", "-D", "-i", str(_INTERVAL_S), other.address]
-    process = one.namespace.popen(*command, stdout=subprocess.PIPE)
     told = _Pings()
-    try:
-        yield told
-    finally:
-        process.send_signal(signal.SIGINT)
-        text = process.communicate(timeout=10)[0]
+    # not a pipe, which is full after some seconds, and then ping waits for us
+    with tempfile.TemporaryFile("w+") as said:
+        process = one.namespace.popen(*command, stdout=said)
+        try:
+            yield told
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(10)
+        said.seek(0)
+        text = said.read()
     told.answers += [(float(when), float(trip)) for when, trip in _ANSWER.findall(text)]
     sent, received = map(int, _SUMMARY.findall(text)[0])
     told.sent, told.lost = sent, sent - received
