@@ -252,7 +252,8 @@ static __always_inline __u16 judge_death(struct scratch *scratch, __u16 watched_
 	struct verdict verdict = {};
 
 	scratch->translated = is_translated(&scratch->key, &scratch->arrived);
-	if ((scratch->translated || !watched_for) && (classify(&scratch->key, scratch, &verdict, side, false) & CLASSIFY_MATCH)) {
+	if ((scratch->translated || !watched_for) &&
+	    (classify(&scratch->key, scratch, &verdict, side, false) & CLASSIFY_MATCH)) {
 		scratch->translated = 0;
 		return verdict.action == ACTION_REPORT ? verdict.watchlist : 0;
 	}

@@ -60,6 +60,25 @@ class _Turns:
             self._lock.release()
 
 
+class _Waiter:
+    """Waits for the bell, for who pokes, or for a time."""
+
+    def __init__(self, rung: bell.Bell, wake: int) -> None:
+        self._bell, self._wake = rung, wake
+        self._poll = select.poll()
+        for descriptor in (rung.fileno(), wake):
+            self._poll.register(descriptor, select.POLLIN)
+
+    def wait(self, timeout_ms: int) -> bool:
+        """True if somebody rang or poked, which is forgotten with that: it ends one wait, not those to come."""
+        ready = [descriptor for descriptor, _ in self._poll.poll(timeout_ms)]
+        if self._wake in ready:
+            os.eventfd_read(self._wake)
+        if self._bell.fileno() in ready:
+            self._bell.hush()
+        return bool(ready)
+
+
 class Exporter:
     """Sends until stopped; `set_destinations` may be called at any time from any thread."""
 
@@ -72,7 +91,7 @@ class Exporter:
     ) -> None:
         """Map the rings below `maps`. `renumber` None: by the number of CPUs. Raises bpf_calls.BpfError."""
         self._rings = report_rings.Rings(maps)
-        self._bell = bell.Bell(maps)
+        self._maps = maps
         cpus = bpf_calls.possible_cpus()
         renumber = cpus > numbering.HW_IDS_PER_KIND if renumber is None else renumber
         self._numbering = numbering.Numbering(maps, self._rings, CHUNK) if renumber else None
@@ -92,9 +111,13 @@ class Exporter:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Begin to send; once is enough, and not before the destinations are known."""
+        """Begin to send; once is enough, and not before the destinations are known. Raises bpf_calls.BpfError."""
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="export", daemon=True)
+            # only here: what an older version left is sent without a thread, and may have none
+            rung = bell.Bell(self._maps)
+            self._thread = threading.Thread(
+                target=self._run, args=(rung,), name="export", daemon=True
+            )
             self._thread.start()
 
     @property
@@ -164,10 +187,8 @@ class Exporter:
                 self._rings.counters[index].sent += sent
                 self._rings.counters[index].failed += failed
 
-    def _run(self) -> None:
-        waiter = select.poll()
-        waiter.register(self._wake, select.POLLIN)
-        waiter.register(self._bell.fileno(), select.POLLIN)
+    def _run(self, rung: bell.Bell) -> None:
+        waiter = _Waiter(rung, self._wake)
         pause_ms = _MIN_PAUSE_MS
         while not self._stopping:
             taken, waiting = self._round()
@@ -179,19 +200,16 @@ class Exporter:
                 pause_ms = _MIN_PAUSE_MS
                 continue
             pause_ms = _next_pause(pause_ms, max(waiting), self._rings.size)
-            waiter.poll(pause_ms)
+            waiter.wait(pause_ms)
         self._rings.set_asleep(False)
 
-    def _sleep(self, waiter: select.poll) -> None:
+    def _sleep(self, waiter: "_Waiter") -> None:
         """Return when there is something to do, or somebody wants this thread."""
-        self._bell.hush()
         self._rings.set_asleep(True)
-        rung = waiter.poll(_FALLING_ASLEEP_MS)
-        while not rung and not any(self._rings.waiting()):
-            rung = waiter.poll(_ASLEEP_MS)
+        woken = waiter.wait(_FALLING_ASLEEP_MS)
+        while not (woken or self._stopping or any(self._rings.waiting())):
+            woken = waiter.wait(_ASLEEP_MS)
         self._rings.set_asleep(False)
-        if not self._stopping and any(descriptor == self._wake for descriptor, _ in rung):
-            os.eventfd_read(self._wake)
 
     def poke(self) -> None:
         """Have the thread look at the rings now."""

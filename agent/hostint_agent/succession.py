@@ -62,8 +62,9 @@ def _take_over(
         if any(left.fill()):
             log.warning("reports of the older datapath lost", build=build, reports=sum(left.fill()))
         sending.add(left.counters())
-        _continue_sequences(old_maps, maps)
         counters.take_over(old_maps, maps)
+        # last: what is kept in another way begins anew, and nothing else does
+        _continue_sequences(old_maps, maps)
     except (OSError, ValueError) as error:
         log.warning("older datapath not taken over", build=build, error=str(error))
 

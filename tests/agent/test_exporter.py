@@ -410,6 +410,14 @@ def test_a_report_of_who_did_not_know_yet_that_it_sleeps_is_sent_all_the_same(mo
         exports.stop()
 
 
+def test_what_an_older_version_left_is_sent_though_it_has_no_bell():
+    with rings() as datapath, Receiver() as receiver:
+        (datapath.maps / "bell").unlink()
+        written = [datapath.write(0, 0) for _ in range(5)]
+        exported(datapath, {0: receiver.destination}).stop()
+        assert receiver.take(5) == written
+
+
 def test_poked_it_looks_at_once(monkeypatch):
     monkeypatch.setattr(exporter, "_ASLEEP_MS", 600_000)
     with rings() as datapath, Receiver() as receiver:

@@ -144,3 +144,28 @@ def test_what_rang_while_nobody_was_there_is_forgotten_by_who_comes(station):
         assert station.received() == 1
     finally:
         sender.stop()
+
+
+def test_once_awake_it_pauses_between_its_looks(station, monkeypatch):
+    """What woke it must not keep it from sleeping: reports that go on coming are looked for now and then, not all the time."""
+    looks, look = [], station.exporter._round
+
+    def counted() -> tuple[int, list[int]]:
+        looks.append(time.monotonic())
+        return look()
+
+    monkeypatch.setattr(station.exporter, "_round", counted)
+    for wake in (station.report, station.exporter.poke):
+        station.wait_asleep()
+        looks.clear()
+        wake()
+        begun = time.monotonic()
+        reports = int(wake == station.report)
+        while time.monotonic() - begun < 1:
+            station.report()
+            reports += 1
+            time.sleep(0.005)
+            station.exporter.poke() if reports == 20 else None
+        assert station.received(reports) == reports
+        # every 2 ms at most
+        assert 10 < len(looks) < 600
