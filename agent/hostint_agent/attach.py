@@ -104,16 +104,13 @@ class TcxHooks:
 
     def _update(self, pin: Path, ifindex: int, program: bpf_calls.Program) -> bool:
         """Have a pinned link run this program; False if it is of a device that is gone."""
-        link = bpf_calls.obj_get(pin)
-        try:
+        with bpf_calls.opened(pin) as link:
             attached, target = bpf_calls.tcx_link_target(link)
             if target != ifindex:
                 return False
             if attached != program.id:
                 bpf_calls.link_update(link, program.fd)
             return True
-        finally:
-            os.close(link)
 
     def keep_only(self, wanted: frozenset[int]) -> None:
         """Detach from every interface that is not wanted (any more)."""
@@ -148,11 +145,8 @@ class DropLink:
             os.close(link)
 
     def _attached(self) -> int:
-        link = bpf_calls.obj_get(self._pin)
-        try:
+        with bpf_calls.opened(self._pin) as link:
             return bpf_calls.tcx_link_target(link)[0]
-        finally:
-            os.close(link)
 
 
 class Ports:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """bpf(2) through ctypes: objects, pins, links, maps and test runs. No libbpf, no bcc; what the commands mean is in bpf(2)."""
 
+import contextlib
 import ctypes
 import dataclasses
 import errno
@@ -88,6 +89,16 @@ def obj_get(path: Path) -> int:
     """Open a pinned object; the caller closes the descriptor."""
     name = ctypes.create_string_buffer(os.fsencode(path))
     return bpf(OBJ_GET, struct.pack("=QII", ctypes.addressof(name), 0, 0), f"open {path}")
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[int]:
+    """A descriptor of a pinned object for as long as this is entered. Raises BpfError."""
+    fd = obj_get(path)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def _info(fd: int, size: int) -> bytes:

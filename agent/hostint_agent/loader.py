@@ -264,11 +264,8 @@ def compile_and_pin(pin_dir: Path, bpf_dir: Path) -> None:
 
 def _replace(descriptor: int, pin: Path) -> None:
     """Have a descriptor be one of what is pinned there."""
-    pinned = bpf_calls.obj_get(pin)
-    try:
+    with bpf_calls.opened(pin) as pinned:
         os.dup2(pinned, descriptor, inheritable=False)
-    finally:
-        os.close(pinned)
 
 
 def _die_with(parent: int) -> None:

@@ -16,7 +16,6 @@ from pathlib import Path
 from hostint_agent import bpf_calls, bpf_types
 from hostint_agent.node_rules import Destination
 
-_MAP_CREATE = 0
 _ARRAY, _RINGBUF = 2, 27
 _MMAPABLE = 1024
 _SO_RCVBUFFORCE = 33
@@ -28,7 +27,7 @@ def make_map(
 ) -> bpf_calls.Map:
     """Make and pin a map with keys of four bytes."""
     attr = struct.pack("=IIIII", kind, 4, value_bytes, entries, flags)
-    fd = bpf_calls.bpf(_MAP_CREATE, attr, f"create {path.name}")
+    fd = bpf_calls.bpf(bpf_calls.MAP_CREATE, attr, f"create {path.name}")
     bpf_calls.obj_pin(fd, path)
     return bpf_calls.Map(fd)
 
@@ -55,7 +54,7 @@ class Rings:
         self._sequences = _create(maps / "sequences", 8, count * bpf_types.MAX_COLLECTORS)
         _create(maps / "export_counters", 16, bpf_types.MAX_COLLECTORS)
         attr = struct.pack("=IIIII", _RINGBUF, 0, 0, mmap.PAGESIZE, 0)
-        fd = bpf_calls.bpf(_MAP_CREATE, attr, "create bell")
+        fd = bpf_calls.bpf(bpf_calls.MAP_CREATE, attr, "create bell")
         bpf_calls.obj_pin(fd, maps / "bell")
         os.close(fd)
 

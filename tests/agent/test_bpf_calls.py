@@ -14,13 +14,12 @@ import pytest
 from hostint_agent import bpf_calls
 
 pytestmark = pytest.mark.bpf
-MAP_CREATE = 0
 HASH, ARRAY, MMAPABLE = 1, 2, 1024
 
 
 def create(kind: int, key: int, value: int, entries: int, flags: int = 0) -> bpf_calls.Map:
     attr = struct.pack("=IIIII", kind, key, value, entries, flags)
-    return bpf_calls.Map(bpf_calls.bpf(MAP_CREATE, attr, "create"))
+    return bpf_calls.Map(bpf_calls.bpf(bpf_calls.MAP_CREATE, attr, "create"))
 
 
 def test_a_hash_gives_back_what_was_put_in():

@@ -249,7 +249,7 @@ def test_maps_can_be_mapped_into_memory():
 
 @pytest.mark.bpf
 def test_maps_that_cannot_be_made_fail():
-    found = refused_bpf("shared_memory", command=probes._MAP_CREATE)
+    found = refused_bpf("shared_memory", command=bpf_calls.MAP_CREATE)
     fails(found, "make an array that can be mapped: Invalid argument")
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from hostint_agent import __main__ as command
-from hostint_agent import bpf_calls, bpf_types, counters, loader, metrics
-from hostint_agent.status import hook_orders, pinned, tallies
+from hostint_agent import bpf_calls, bpf_types, counters, loader, metrics, pinned
+from hostint_agent.status import hook_orders, tallies
 from hostint_agent.status import look as status
 from hostint_agent.status import text as status_text
 from tests.agent.test_metrics import NOW

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks of `hostint-agent doctor` that concern what is loaded and attached, and where. They look, and change nothing."""
 
-import contextlib
 import errno
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hostint_agent import attach, bpf_calls, bpf_types, clsact, interfaces, kernel, loader, netlink
+from hostint_agent import bpf_calls, bpf_types, clsact, interfaces, kernel, loader, netlink, pinned
 from hostint_agent.doctor import finding
 from hostint_agent.doctor.finding import Finding
 
@@ -42,7 +40,7 @@ def _opened(directory: Path, *, same_maps: bool) -> Loaded:
     """Look at a build; `same_maps`: its map `config` is like ours. Raises bpf_calls.BpfError."""
     ids = {}
     for name in loader.PROGRAMS:
-        with _closing(bpf_calls.obj_get(directory / "programs" / name)) as fd:
+        with bpf_calls.opened(directory / "programs" / name) as fd:
             ids[name] = bpf_calls.program_id(fd)
     if not same_maps:
         return Loaded(directory, ids, enabled=True, held=False, netns_cookie=0)
@@ -50,14 +48,6 @@ def _opened(directory: Path, *, same_maps: bool) -> Loaded:
     config = bpf_types.Config.from_buffer_copy(config_map.lookup(bytes(4)))
     config_map.close()
     return Loaded(directory, ids, bool(config.enabled), bool(config.hold), config.netns_cookie)
-
-
-@contextlib.contextmanager
-def _closing(fd: int) -> Iterator[int]:
-    try:
-        yield fd
-    finally:
-        os.close(fd)
 
 
 def find(pin_dir: Path, bpf_dir: Path) -> tuple[Finding, Loaded | None]:
@@ -81,11 +71,11 @@ def find(pin_dir: Path, bpf_dir: Path) -> tuple[Finding, Loaded | None]:
         words = f"build {directory.name} is loaded without {', '.join(missing)}"
         return finding.failure("datapath", words, "restart the agent: it loads it anew"), None
     loaded = _opened(directory, same_maps=directory == current)
-    return judge(loaded, current, _drop_program(pin_dir)), loaded
+    return judge(loaded, current, pinned.drop_program_attached(pin_dir)), loaded
 
 
-def judge(loaded: Loaded, current: Path, drop_program: int) -> Finding:
-    """Say what a loaded datapath is like; `drop_program` is the kernel id of the one that is attached, or 0."""
+def judge(loaded: Loaded, current: Path, drop_program: int | None) -> Finding:
+    """Say what a loaded datapath is like; `drop_program` is the kernel id of the one that is attached, None if none is."""
     name = loaded.directory.name
     if drop_program != loaded.programs["drop"]:
         words = f"build {name} is loaded, its drop program is not attached: drops are not reported"
@@ -102,14 +92,6 @@ def judge(loaded: Loaded, current: Path, drop_program: int) -> Finding:
         words = f"build {name} holds its reports back: it has not taken another one's place yet"
         return finding.warning("datapath", words, "start the agent, which completes the upgrade")
     return finding.ok("datapath", f"build {name} is loaded and enabled, drop program attached")
-
-
-def _drop_program(pin_dir: Path) -> int:
-    pin = pin_dir / "links" / attach.DROP_TRACEPOINT
-    if not pin.exists():
-        return 0
-    with _closing(bpf_calls.obj_get(pin)) as fd:
-        return bpf_calls.tcx_link_target(fd)[0]
 
 
 def network_namespace(loaded: Loaded | None) -> Finding:

@@ -11,7 +11,7 @@ from typing import Literal
 from hostint_agent import bpf_calls, kernel
 
 # commands, types and flags of linux/bpf.h
-_MAP_CREATE, _PROG_LOAD = 0, 5
+_PROG_LOAD = 5
 _MAP_ARRAY, _MAP_F_MMAPABLE = 2, 1024
 _SCHED_CLS, _RAW_TRACEPOINT, _TRACING = 3, 17, 26
 _TRACE_RAW_TP = 23
@@ -101,7 +101,7 @@ def tracepoint(name: str, argument: int) -> None:
 def shared_memory() -> None:
     """Make an array, map it into this process and write to it, as the rings are read. Raises OSError."""
     attr = struct.pack("=IIIII", _MAP_ARRAY, 4, _WORD, 1, _MAP_F_MMAPABLE)
-    fd = bpf_calls.bpf(_MAP_CREATE, attr, "make an array that can be mapped")
+    fd = bpf_calls.bpf(bpf_calls.MAP_CREATE, attr, "make an array that can be mapped")
     try:
         with mmap.mmap(fd, mmap.PAGESIZE) as memory:
             memory[:_WORD] = bytes(range(_WORD))

@@ -12,8 +12,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from hostint_agent import bpf_calls, bpf_types, counters, kernel, last_good, loader, report_rings
-from hostint_agent.status import hook_orders, map_contents, pinned, tallies
+from hostint_agent import (
+    bpf_calls,
+    bpf_types,
+    counters,
+    kernel,
+    last_good,
+    loader,
+    pinned,
+    report_rings,
+)
+from hostint_agent.status import hook_orders, map_contents, tallies
 
 
 class NoStatus(Exception):

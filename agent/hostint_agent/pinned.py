@@ -4,7 +4,6 @@
 import contextlib
 import fcntl
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 from hostint_agent import attach, bpf_calls, loader
@@ -17,7 +16,7 @@ def loaded_build(pin_dir: Path, bpf_dir: Path) -> Path | None:
     found = loader.builds(pin_dir)
     sources = sources_build(bpf_dir)
     found.sort(key=lambda build: build.name != sources)
-    attached = _drop_program_attached(pin_dir)
+    attached = drop_program_attached(pin_dir)
     for build in found:
         # what has no drop program is just being removed, or somebody has
         if (build / "programs" / "drop").exists() and program(build, "drop").id == attached:
@@ -32,36 +31,31 @@ def sources_build(bpf_dir: Path) -> str | None:
     return None
 
 
-def _drop_program_attached(pin_dir: Path) -> int | None:
+def drop_program_attached(pin_dir: Path) -> int | None:
+    """Kernel id of the drop program that is attached; None if there is none. Raises OSError."""
     pin = pin_dir / "links" / attach.DROP_TRACEPOINT
     if not pin.exists():
         return None
-    with _closing(bpf_calls.obj_get(pin)) as link:
+    with bpf_calls.opened(pin) as link:
         return bpf_calls.tcx_link_target(link)[0]
 
 
 def program(build: Path, name: str) -> bpf_calls.ProgramInfo:
     """What the kernel tells of a pinned program. Raises bpf_calls.BpfError."""
-    with _closing(bpf_calls.obj_get(build / "programs" / name)) as fd:
+    with bpf_calls.opened(build / "programs" / name) as fd:
         return bpf_calls.program_info(fd)
-
-
-@contextlib.contextmanager
-def _closing(fd: int) -> Iterator[int]:
-    try:
-        yield fd
-    finally:
-        os.close(fd)
 
 
 def agent(pin_dir: Path) -> tuple[bool, int | None]:
     """(whether an agent works with these pins, its process id if that can be seen). Raises OSError."""
-    with _closing(os.open(pin_dir, os.O_RDONLY | os.O_DIRECTORY)) as directory:
-        try:
-            # shared, without waiting, and let go at once: an agent that starts in this moment tries again
-            fcntl.flock(directory, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True, _lock_holder(os.fstat(directory))
+    directory = os.open(pin_dir, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        # shared, without waiting, and let go at once: an agent that starts in this moment tries again
+        fcntl.flock(directory, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True, _lock_holder(os.fstat(directory))
+    finally:
+        os.close(directory)
     return False, None
 
 
