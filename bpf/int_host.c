@@ -166,6 +166,8 @@ static __always_inline void count_unfollowed(__u16 watchlist)
 		counters->unverified++;
 }
 
+/* The loader compiles the TC programs and the other one at the same time, each half by a compiler of its own. */
+#ifndef WITHOUT_TC
 int ingress(struct __sk_buff *skb)
 {
 	const struct config *config = current_config();
@@ -328,6 +330,9 @@ int egress(struct __sk_buff *skb)
 	return TC_ACT_UNSPEC;
 }
 
+#endif
+
+#ifndef WITHOUT_DROP
 int drop(struct bpf_raw_tracepoint_args *ctx)
 {
 	__u64 address = ctx->args[0];
@@ -355,3 +360,4 @@ int drop(struct bpf_raw_tracepoint_args *ctx)
 	WRITE_ONCE(scratch->busy, 0);
 	return 0;
 }
+#endif

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile the datapath with bcc, load it, pin it, exit. The only module that knows bcc; it runs as a process of its own.
+"""Compile the datapath with bcc, load it, pin it, exit. The only module that knows bcc; it runs as two processes of its own.
 
 Pins: `PIN/<build>/maps/<map>`, `PIN/<build>/programs/<program>`. Attaching is `attach`'s business. A build is made and removed under
 another name, `PIN/<build>-partial`: whoever is killed at whatever moment, `PIN/<build>` is whole or not there.
@@ -19,7 +19,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent import futures
 from pathlib import Path
 
@@ -54,6 +54,21 @@ _PRELUDE = """
 # in the style of our sources: the body of a function is between a line that is "{" and one that is "}"
 _FUNCTION = re.compile(r"^\w[^#;{}]*\)\n\{\n.*?^\}$", re.MULTILINE | re.DOTALL)
 _COMMENT = re.compile(r"/\*.*?\*/|//[^\n]*|^#line [^\n]*", re.MULTILINE | re.DOTALL)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Programs:
+    """Some of the programs, and the define that leaves out the others."""
+
+    programs: tuple[str, ...]
+    define: str
+
+
+# compiled side by side; the first makes the maps, and is ready sooner
+_HALVES = (
+    _Programs(("drop",), "-DWITHOUT_TC"),
+    _Programs(("egress", "ingress"), "-DWITHOUT_DROP"),
+)
 
 
 class LoadError(Exception):
@@ -230,42 +245,84 @@ def _header_flags(bpf_dir: Path) -> list[str]:
 
 
 def compile_and_pin(pin_dir: Path, bpf_dir: Path) -> None:
-    """Compile, load and pin, in this process. Raises LoadError, or whatever bcc raises."""
-    # read when bcc is imported: our stand-in for a kernel tree
-    os.environ["BCC_KERNEL_SOURCE"] = str(bpf_dir / "headers")
-    import bcc
-
+    """Compile, load and pin, in this process and one beside it. Raises LoadError, or whatever bcc raises."""
     source = read_source(bpf_dir)
     directory = pin_dir / source.build
-    maps, programs = _partial(directory) / "maps", _partial(directory) / "programs"
-    maps.mkdir(parents=True)
-    programs.mkdir()
+    partial = _partial(directory)
+    for kind in ("maps", "programs"):
+        (partial / kind).mkdir(parents=True)
     there = _to_take_over(pin_dir, directory, source)
-    flags = [*source.defines, "-Wno-everything", *_header_flags(bpf_dir)]
-    flags += ["-DMAPS_ARE_THERE"] if there else []
-    module = bcc.BPF(text=_PRELUDE + source.text, cflags=flags)
-    for name in sorted(source.maps):
-        descriptor = bcc.lib.bpf_table_fd(module.module, name.encode())
+    own, other = _HALVES
+    maps_are_pinned, pinned = os.pipe()
+    parent = os.getpid()
+    child = os.fork()  # before there is a thread, or anything of bcc
+    if not child:
+        os.close(pinned)
+        _die_with(parent)
+        os._exit(_exit_status(lambda: _load_other_half(bpf_dir, other, partial, maps_are_pinned)))
+    os.close(maps_are_pinned)
+    try:
+        half = _Half(bpf_dir, source, own, make_maps=not there)
+        half.pin_maps(partial, there)
+        os.write(pinned, b"\n")
+        half.load(partial)
+    finally:
+        os.close(pinned)  # the other one gives up if it has not been told yet
+        _, status = os.waitpid(child, 0)
+    if status:
+        raise LoadError("the programs " + " and ".join(other.programs) + " could not be loaded")
+    partial.rename(directory)
+
+
+def _load_other_half(bpf_dir: Path, half: _Programs, partial: Path, maps_are_pinned: int) -> None:
+    compiled = _Half(bpf_dir, read_source(bpf_dir), half, make_maps=False)
+    if os.read(maps_are_pinned, 1):
+        compiled.use_maps(partial / "maps")
+        compiled.load(partial)
+
+
+class _Half:
+    """Programs that one compiler has compiled. Making one takes a second; raises whatever bcc raises."""
+
+    def __init__(self, bpf_dir: Path, source: Source, half: _Programs, *, make_maps: bool) -> None:
+        # read when bcc is imported: our stand-in for a kernel tree
+        os.environ["BCC_KERNEL_SOURCE"] = str(bpf_dir / "headers")
+        import bcc
+
+        # no debug information: it is a fifth of the compiler's work, and bcc would not keep it
+        flags = [*source.defines, half.define, "-g0", "-Wno-everything", *_header_flags(bpf_dir)]
+        flags += [] if make_maps else ["-DMAPS_ARE_THERE"]
+        self._bcc = bcc
+        self._programs = half.programs
+        self._maps = sorted(source.maps)
+        self._module = bcc.BPF(text=_PRELUDE + source.text, cflags=flags)
+
+    def pin_maps(self, partial: Path, there: Path | None) -> None:
+        """Pin all maps: those that were made, or another build's that are `there` instead. Raises OSError."""
         if there:
-            # the programs know their maps by descriptor until the kernel has loaded them
-            _replace(descriptor, there / name)
-        bpf_calls.obj_pin(descriptor, maps / name)
-    kinds = {"drop": bcc.BPF.RAW_TRACEPOINT}
+            self.use_maps(there)
+        for name in self._maps:
+            bpf_calls.obj_pin(self._map(name), partial / "maps" / name)
 
-    def verify(name: str) -> None:
-        function = module.load_func(name, kinds.get(name, bcc.BPF.SCHED_CLS))
-        bpf_calls.obj_pin(function.fd, programs / name)
+    def use_maps(self, there: Path) -> None:
+        """Have the programs work on what is pinned `there`: they know maps by descriptor until the kernel has loaded them."""
+        for name in self._maps:
+            with bpf_calls.opened(there / name) as pinned:
+                os.dup2(pinned, self._map(name), inheritable=False)
 
-    # side by side: verifying takes the kernel a third of all the time
-    with futures.ThreadPoolExecutor(len(PROGRAMS)) as threads:
-        list(threads.map(verify, reversed(PROGRAMS)))
-    _partial(directory).rename(directory)
+    def _map(self, name: str) -> int:
+        descriptor: int = self._bcc.lib.bpf_table_fd(self._module.module, name.encode())
+        return descriptor
 
+    def load(self, partial: Path) -> None:
+        """Load and pin the programs, side by side: verifying takes the kernel a third of all the time."""
 
-def _replace(descriptor: int, pin: Path) -> None:
-    """Have a descriptor be one of what is pinned there."""
-    with bpf_calls.opened(pin) as pinned:
-        os.dup2(pinned, descriptor, inheritable=False)
+        def verify(name: str) -> None:
+            kind = self._bcc.BPF.RAW_TRACEPOINT if name == "drop" else self._bcc.BPF.SCHED_CLS
+            bpf_calls.obj_pin(self._module.load_func(name, kind).fd, partial / "programs" / name)
+
+        with futures.ThreadPoolExecutor(len(self._programs)) as threads:
+            list(threads.map(verify, self._programs))
 
 
 def _die_with(parent: int) -> None:
@@ -284,10 +341,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--parent", type=int, required=True)
     options = parser.parse_args(arguments)
     _die_with(options.parent)
+    return _exit_status(lambda: compile_and_pin(options.pin_dir, options.bpf_dir))
+
+
+def _exit_status(work: Callable[[], None]) -> int:
     try:
-        compile_and_pin(options.pin_dir, options.bpf_dir)
+        work()
     except Exception as error:  # noqa: BLE001 (bcc raises bare Exception)
-        print(f"datapath: {error}", file=sys.stderr)  # noqa: T201
+        print(f"datapath: {error}", file=sys.stderr, flush=True)  # noqa: T201
         return 1
     return 0
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which builds go on with each other's maps, and that loading does."""
 
+import contextlib
 import ctypes
 import os
 import shutil
@@ -79,6 +80,9 @@ def ids(build: Path) -> dict[str, int]:
 @pytest.mark.bpf
 def test_another_version_is_loaded_with_the_maps_that_are_there(pin_dir, tmp_path):
     first = loader.load(pin_dir)
+    for name in loader.PROGRAMS:
+        assert len(ids_of_program(first / "programs" / name)) > 10
+        assert ids_of_program(first / "programs" / name) <= set(ids(first).values())
     second = loader.load(pin_dir, edited(tmp_path, "flow.h", "sample <= 1 ||", "sample < 2 ||"))
     assert ids(first) == ids(second)
     assert len(ids(first)) == len(loader.read_source(loader.default_bpf_dir()).maps) > 30
@@ -109,3 +113,39 @@ def test_a_build_of_which_a_map_is_missing_is_not_gone_on_with(pin_dir, tmp_path
     second = loader.load(pin_dir, edited(tmp_path, "flow.h", "sample <= 1 ||", "sample < 2 ||"))
     assert not set(ids(first).values()) & set(ids(second).values())
     assert bpf_calls.Map.open(second / "maps" / "flows").max_entries == 16384
+
+
+@pytest.mark.bpf
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("observe_drop(address,", "observe_drop(, address,", "compile"),
+        (
+            "classify(&scratch->key, scratch, &verdict, side_of(generation)",
+            "no_such_function(",
+            "compile",
+        ),
+        ("WRITE_ONCE(scratch->busy, 1);", "scratch = NULL; WRITE_ONCE(scratch->busy, 1);", "drop"),
+        ("skb->tc_index = tag;\n\telse if", "skb->len = tag;\n\telse if", "ingress"),
+    ],
+    ids=["compile drop", "compile TC", "verify drop", "verify TC"],
+)
+def test_a_program_that_cannot_be_loaded_is_told_and_nothing_is_left(
+    pin_dir, tmp_path, old, new, words
+):
+    sources = edited(tmp_path, "int_host.c", old, new)
+    with pytest.raises(loader.LoadError, match=words):
+        loader.load(pin_dir, sources)
+    assert not loader.builds(pin_dir)
+    assert not [each for each in processes() if str(sources) in each]
+    assert loader.load(pin_dir).is_dir()
+    assert len(list(pin_dir.iterdir())) == 1
+
+
+def processes() -> list[str]:
+    """Command lines of all processes."""
+    found = []
+    for each in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # ended meanwhile
+            found.append(each.read_text())
+    return found
