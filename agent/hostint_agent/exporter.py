@@ -30,7 +30,7 @@ CHUNK = 1024
 _MIN_PAUSE_MS, _MAX_PAUSE_MS = 2, 50
 # when pauses have grown to the longest there is nothing to do, and the programs ring a bell when there is. They have read that
 # they are to after so long, and should one ever not ring, this is how late its report is
-_FALLING_ASLEEP_MS, _ASLEEP_MS = 2, 250
+_FALLING_ASLEEP_MS, _ASLEEP_MS = 2, 1000
 # while reports come: a ring of 16,384 takes more than a million a second for so long
 _BUSY_PAUSE_MS = 10
 # a ring that was fuller than this share of it is looked after sooner

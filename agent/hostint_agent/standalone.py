@@ -23,7 +23,7 @@ from hostint_api import (
     node_config,
 )
 
-POLL_S = 0.25
+POLL_S = 1.0
 
 log = structlog.get_logger()
 

@@ -3,10 +3,13 @@
 
 import os
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import hostint_agent
+import hostint_api
 from hostint_agent import loader
 from tests.bench import measure
 from tests.bench.figure import Figure
@@ -34,6 +37,14 @@ spec:
   rules:
   - {{name: pods, source: {{cidrs: [10.244.0.0/16, 'fd44::/16']}}, bidirectional: true}}
 """
+# as in its image: without the hooks of a development environment's site-packages, and without rich, which structlog loads where it is
+_AS_IN_IMAGE = """
+import sys
+sys.path[:0] = {paths!r}
+sys.modules["rich"] = None
+from hostint_agent.__main__ import main
+sys.exit(main())
+"""
 
 
 def run(quick: bool, say: Say) -> list[Figure]:
@@ -42,7 +53,7 @@ def run(quick: bool, say: Say) -> list[Figure]:
     loads = [_load(number) for number in range(_LOADS[not quick])]
     with Lab(nodes=1, pods=_PODS) as lab:
         objects = _OBJECTS.format(address=lab.collector_address)
-        with LabAgent(lab, lab.nodes[0], objects) as agent:
+        with LabAgent(lab, lab.nodes[0], objects, command=_as_in_image()) as agent:
             time.sleep(_SETTLE_S)
             say(f"an idle agent on a node with {_PODS} pods, for {_IDLE_S[not quick]} s")
             core = _cpu_share(agent.pid, _IDLE_S[not quick])
@@ -65,6 +76,12 @@ def _figures(
         ),
         Figure("loader_gone", "the compiler is gone afterwards", int(gone), "1: yes", "==", 1),
     ]
+
+
+def _as_in_image() -> tuple[str, ...]:
+    packages = [str(Path(package.__file__).parents[1]) for package in (hostint_agent, hostint_api)]
+    paths = [*packages, *(path for path in sys.path if path.endswith("-packages"))]
+    return (sys.executable, "-I", "-S", "-c", _AS_IN_IMAGE.format(paths=paths))
 
 
 def _load(number: int) -> float:

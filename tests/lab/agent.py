@@ -11,6 +11,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
@@ -24,8 +25,16 @@ _HTTP = "127.0.0.1:9464"
 class LabAgent:
     """An agent process; `objects` is the YAML it is given, `options` more of its command line."""
 
-    def __init__(self, lab: Lab, node: Node, objects: str, *options: str) -> None:
+    def __init__(
+        self,
+        lab: Lab,
+        node: Node,
+        objects: str,
+        *options: str,
+        command: Sequence[str] = (sys.executable, "-m", "hostint_agent"),
+    ) -> None:
         self.node = node
+        self._command = command
         self._directory = Path(tempfile.mkdtemp(prefix="hostint-lab-"))
         self.file = self._directory / "objects.yaml"
         self.file.write_text(objects)
@@ -44,7 +53,7 @@ class LabAgent:
 
     def start(self) -> Self:
         """Start it and wait until it is ready."""
-        command = [sys.executable, "-m", "hostint_agent", "standalone", str(self.file)]
+        command = [*self._command, "standalone", str(self.file)]
         command += ["--pin-dir", str(self.pin_dir), "--bpf-dir", str(self.bpf_dir)]
         command += ["--state-dir", str(self._directory)]
         command += ["--node", self.node.namespace.name, "--node-id", self.node.address]
