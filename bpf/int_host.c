@@ -33,10 +33,10 @@ struct observation {
 	bool translated;       /* the packet no longer carries key */
 };
 
-static __always_inline int parse_packet(struct __sk_buff *skb, struct scratch *scratch)
+static __always_inline int parse_packet(struct __sk_buff *skb, const struct config *config, struct scratch *scratch)
 {
-	return parse_frame((const __u8 *)(long)skb->data, (const __u8 *)(long)skb->data_end, &scratch->key,
-			   &scratch->offsets);
+	return parse_frame((const __u8 *)(long)skb->data, (const __u8 *)(long)skb->data_end, &config->tunnels,
+			   &scratch->key, &scratch->offsets);
 }
 
 /* Write a flow or queue report, or count why not. Returns true when it was written. */
@@ -182,7 +182,7 @@ int ingress(struct __sk_buff *skb)
 	if (unlikely(!config || !config->enabled || !scratch))
 		return TC_ACT_UNSPEC;
 	generation = live_generation();
-	parsed = parse_packet(skb, scratch);
+	parsed = parse_packet(skb, config, scratch);
 	if (likely(parsed == 0))
 		flags = classify(&scratch->key, scratch, &verdict, side_of(generation), true);
 	else
@@ -291,7 +291,7 @@ int egress(struct __sk_buff *skb)
 			return TC_ACT_UNSPEC;
 		owner = 0;
 	}
-	parsed = parse_packet(skb, scratch) == 0;
+	parsed = parse_packet(skb, config, scratch) == 0;
 	if (likely(owner && is_departing(skb, slot, owner, parsed, scratch))) {
 		if (unlikely(owner_state(owner) != SLOT_PENDING))
 			return TC_ACT_UNSPEC;

@@ -2,7 +2,7 @@
 /*
  * From bytes to a tuple: Ethernet, up to two VLAN tags, IPv4 with options, IPv6 with up to six extension headers, ports or
  * ICMP type and code. Pure: reads between two pointers and nothing else, so gcc compiles it for the tests as well.
- * Tunnels are not decoded. Headers are read in words whatever their alignment: the machines that bcc runs on can, and a
+ * Tunnels are not decoded, but for the print of the packet inside. Headers are read in words whatever their alignment: the machines that bcc runs on can, and a
  * copy byte by byte costs an IPv6 packet 10 ns.
  */
 #pragma once
@@ -20,16 +20,23 @@
 #define IPV4_MIN_BYTES 20
 #define IPV6_BYTES 40
 #define IPV6_FLOW_LABEL __builtin_bswap32(0xfffff)
+#define UDP_BYTES 8
+#define TUNNEL_HEADER_BYTES 8 /* of VXLAN (RFC 7348), and of Geneve without options (RFC 8926) */
+#define GENEVE_OPTION_WORDS 0x3f
 #define MAX_EXTENSION_HEADERS 6
 /* no header we look for starts beyond; gives the verifier a bound */
 #define MAX_HEADER_OFFSET 1600
 
 #define PROTO_HOP_BY_HOP 0
 #define PROTO_ICMP 1
+#define PROTO_IPV4 4
 #define PROTO_TCP 6
 #define PROTO_UDP 17
+#define PROTO_IPV6 41
 #define PROTO_ROUTING 43
 #define PROTO_FRAGMENT 44
+#define PROTO_GRE 47
+#define PROTO_ESP 50
 #define PROTO_AUTH 51
 #define PROTO_ICMPV6 58
 #define PROTO_DEST_OPTIONS 60
@@ -66,7 +73,8 @@ static __always_inline int is_extension_header(__u8 protocol)
 /*
  * Some bits of what stays the same while a host forwards a packet, whatever NAT does to it, and differs from packet to packet
  * of a flow: the IPv4 identification, or IPv6 flow label and fragment identification, with the TCP sequence number or the UDP
- * length. They tell apart packets whose tags are equal by chance.
+ * length; of a tunnel's packet those of the one inside, before it goes into the tunnel and after it has left it. They tell apart
+ * packets whose tags are equal by chance.
  */
 static __always_inline __u8 packet_print(__u32 own)
 {
@@ -172,10 +180,68 @@ static __always_inline int parse_ipv6(const __u8 *data, const __u8 *end, __u32 o
 }
 
 /*
+ * What of a packet inside a tunnel its print is made of, as parse_ipv4, parse_ipv6 and parse_transport would find it once it is
+ * outside. Of IPv6 extension headers only a fragment header is followed: with others in front the prints differ.
+ */
+static __always_inline void read_inner(const __u8 *ip, const __u8 *end, __u32 *own)
+{
+	const __u8 *transport;
+	__u8 protocol;
+	__u32 found;
+
+	if (ip + IPV4_MIN_BYTES > end)
+		return;
+	if (ip[0] >> 4 == 4) {
+		found = *(const __be16 *)(ip + 4);
+		protocol = read_be16(ip + 6) & 0x1fff ? 0 : ip[9];
+		transport = ip + (ip[0] & 15) * 4;
+	} else {
+		if (ip + IPV6_BYTES > end || ip[0] >> 4 != 6)
+			return;
+		found = *(const __be32 *)ip & IPV6_FLOW_LABEL;
+		protocol = ip[6];
+		transport = ip + IPV6_BYTES;
+		if (protocol == PROTO_FRAGMENT && transport + 8 <= end) {
+			found ^= *(const __be32 *)(transport + 4);
+			protocol = read_be16(transport + 2) & 0xfff8 ? 0 : transport[0];
+			transport += 8;
+		}
+	}
+	if ((protocol == PROTO_TCP || protocol == PROTO_UDP) && transport + 8 <= end)
+		found ^= protocol == PROTO_TCP ? *(const __be32 *)(transport + 4) : *(const __be16 *)(transport + 4);
+	*own = found;
+}
+
+/*
+ * The same of an Ethernet frame inside a UDP datagram, if its port is one of our tunnels (or 0, where there are fewer: nothing is
+ * sent to that, and both hooks would read the same).
+ */
+static __always_inline void read_inner_of_udp(const __u8 *udp, const __u8 *end, __u16 port,
+					      const struct tunnel_ports *tunnels, __u32 *own)
+{
+	const __u8 *frame = udp + UDP_BYTES + TUNNEL_HEADER_BYTES;
+	int geneve = port == tunnels->geneve;
+	__u32 type;
+
+	if (!geneve && port != tunnels->vxlan[0] && port != tunnels->vxlan[1] && port != tunnels->vxlan[2])
+		return;
+	if (frame > end)
+		return;
+	if (geneve)
+		frame += (udp[UDP_BYTES] & GENEVE_OPTION_WORDS) * 4;
+	if (frame + ETHERNET_HEADER_BYTES > end)
+		return;
+	type = read_be16(frame + 12);
+	if (type == ETHERTYPE_IPV4 || type == ETHERTYPE_IPV6)
+		read_inner(frame + ETHERNET_HEADER_BYTES, end, own);
+}
+
+/*
  * Ports, or ICMP type and code, at data + offset; without them the packet only matches rules without ports. Returns the
  * offset, or 0 if there are none.
  */
-static __always_inline __u32 parse_transport(const __u8 *data, const __u8 *end, __u32 offset, struct tuple_rest *rest)
+static __always_inline __u32 parse_transport(const __u8 *data, const __u8 *end, __u32 offset,
+					     const struct tunnel_ports *tunnels, struct tuple_rest *rest)
 {
 	const __u8 *transport = data + offset;
 	__u8 protocol = rest->protocol;
@@ -187,10 +253,12 @@ static __always_inline __u32 parse_transport(const __u8 *data, const __u8 *end, 
 			return 0;
 		rest->source_port = read_be16(transport);
 		rest->destination_port = read_be16(transport + 2);
-		if (protocol == PROTO_TCP)
+		if (protocol == PROTO_TCP) {
 			rest->own ^= *(const __be32 *)(transport + 4);
-		else if (protocol == PROTO_UDP)
+		} else if (protocol == PROTO_UDP) {
 			rest->own ^= *(const __be16 *)(transport + 4);
+			read_inner_of_udp(transport, end, rest->destination_port, tunnels, &rest->own);
+		}
 		return offset;
 	}
 	if (protocol == PROTO_ICMP || protocol == PROTO_ICMPV6) {
@@ -199,12 +267,14 @@ static __always_inline __u32 parse_transport(const __u8 *data, const __u8 *end, 
 		rest->destination_port = read_be16(transport);
 		return offset;
 	}
+	if (protocol == PROTO_IPV4 || protocol == PROTO_IPV6)
+		read_inner(transport, end, &rest->own);
 	return 0;
 }
 
 /* A frame from data to end. Fills key and offsets; 0, PARSE_NOT_IP or PARSE_TRUNCATED. */
-static __always_inline int parse_frame(const __u8 *data, const __u8 *end, struct flow_key *key,
-				       struct packet_offsets *offsets)
+static __always_inline int parse_frame(const __u8 *data, const __u8 *end, const struct tunnel_ports *tunnels,
+				       struct flow_key *key, struct packet_offsets *offsets)
 {
 	struct tuple_rest rest = {};
 	__u32 network = ETHERNET_HEADER_BYTES, transport, type;
@@ -233,7 +303,7 @@ static __always_inline int parse_frame(const __u8 *data, const __u8 *end, struct
 		return PARSE_NOT_IP;
 	if (next < 0)
 		return next;
-	transport = parse_transport(data, end, (__u32)next, &rest);
+	transport = parse_transport(data, end, (__u32)next, tunnels, &rest);
 	if (!transport)
 		rest.no_ports = 1;
 	write_rest(key, &rest);

@@ -139,13 +139,20 @@ static __always_inline bool shares_a_side(const struct flow_key *one, const stru
 	return (a[0] == b[0] && a[1] == b[1]) || (c[0] == d[0] && c[1] == d[1]);
 }
 
+/* Whether a packet may carry another one that nobody can look into. */
+static __always_inline bool is_opaque(__u8 protocol)
+{
+	return protocol == PROTO_GRE || protocol == PROTO_ESP || protocol == PROTO_AUTH;
+}
+
 /*
  * False if a packet with this tuple cannot be the one that came in with the other, though its tag is the same. Where they have
- * no side in common it is in a tunnel now, or NAT has changed both: then the tag alone speaks.
+ * no side in common NAT has changed both, or one is the other in a tunnel; of what cannot be looked into the tag alone speaks.
  */
 static __always_inline bool may_be_same_packet(const struct flow_key *one, const struct flow_key *other)
 {
-	return one->print == other->print || !shares_a_side(one, other);
+	return one->print == other->print ||
+	       ((is_opaque(one->protocol) || is_opaque(other->protocol)) && !shares_a_side(one, other));
 }
 
 /*

@@ -49,7 +49,7 @@ struct flow_key {
 	__u8 protocol;
 	__u8 family; /* 4 or 6 */
 	__u8 no_ports; /* 1: later fragment, truncated header, or more extension headers than we follow */
-	__u8 print;    /* of what no hop changes and the next packet of the flow has otherwise, see packet_print; 0 if not known */
+	__u8 print;    /* of what no hop changes and the next packet of the flow has otherwise: see packet_print */
 };
 
 /* What the classifier says: 0 everywhere if no rule matched. */
@@ -118,12 +118,19 @@ struct rate_window {
 
 #define RATE_USED_BITS 24
 
+/* UDP ports of the tunnels that end on this host, in host order; 0: none. */
+struct tunnel_ports {
+	__u16 vxlan[3];
+	__u16 geneve;
+};
+
 /* Settings that are not rules; one element. */
 struct config {
 	__u64 wall_offset_ns; /* CLOCK_REALTIME - CLOCK_MONOTONIC */
 	__u64 netns_cookie;   /* of the namespace whose drops count */
 	__u32 node_id;
 	__u32 enabled; /* 0: both hooks return at once */
+	struct tunnel_ports tunnels;
 	/* byte offsets in kernel structs, from BTF; 0 where the kernel has no such member */
 	__u32 skb_tc_index;
 	__u32 skb_iif;

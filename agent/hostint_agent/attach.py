@@ -233,6 +233,7 @@ class Attacher:
         self._drop = DropLink(self._links, programs["drop"])
         self._ports = Ports(directory / "maps")
         self._local = local_addresses.LocalAddresses(directory / "maps")
+        self._config = kernel.DatapathConfig(directory / "maps")
         self._patterns = patterns
         self._on_change = on_change
         self._state = State()
@@ -307,6 +308,7 @@ class Attacher:
         chosen = interfaces.choose(network, self._patterns)
         ports = self._ports.assign(interface.ifindex for interface in chosen)
         self._local.replace(network.local)
+        self._config.set_tunnels(network.tunnel_ports("vxlan"), network.tunnel_ports("geneve"))
         self._drop.ensure()
         attachments = tuple(self._attach(i, ports[i.ifindex]) for i in chosen)
         self._hooks.keep_only(frozenset(interface.ifindex for interface in chosen))

@@ -145,6 +145,12 @@ class RateWindow(ctypes.Structure):
     _fields_ = (("state", ctypes.c_uint64),)
 
 
+class TunnelPorts(ctypes.Structure):
+    """UDP ports of the tunnels that end on this host; 0: none."""
+
+    _fields_ = (("vxlan", ctypes.c_uint16 * 3), ("geneve", ctypes.c_uint16))
+
+
 class Config(ctypes.Structure):
     """Settings that are not rules."""
 
@@ -153,6 +159,7 @@ class Config(ctypes.Structure):
         ("netns_cookie", ctypes.c_uint64),
         ("node_id", ctypes.c_uint32),
         ("enabled", ctypes.c_uint32),
+        ("tunnels", TunnelPorts),
         ("skb_tc_index", ctypes.c_uint32),
         ("skb_iif", ctypes.c_uint32),
         ("skb_dev", ctypes.c_uint32),

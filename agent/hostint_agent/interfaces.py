@@ -8,7 +8,7 @@ import ipaddress
 import select
 import socket
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 from hostint_agent import netlink
@@ -21,7 +21,9 @@ _GROUPS = 1 | 8 | 0x10 | 0x40 | 0x100 | 0x400
 _MAIN_TABLE = 254
 # linux/if_link.h, linux/if_addr.h, linux/rtnetlink.h
 _IFLA_IFNAME, _IFLA_MASTER, _IFLA_LINKINFO, _IFLA_EXT_MASK, _IFLA_LINK_NETNSID = 3, 10, 18, 29, 37
-_IFLA_INFO_KIND = 1
+_IFLA_INFO_KIND, _IFLA_INFO_DATA = 1, 2
+# the attribute of IFLA_INFO_DATA that is a tunnel's UDP port, big endian
+_TUNNEL_PORT = {"vxlan": 15, "geneve": 5}
 _RTEXT_FILTER_SKIP_STATS = 8
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
 _RTA_OIF, _RTA_MULTIPATH, _RTA_TABLE = 4, 9, 15
@@ -54,6 +56,7 @@ class Link:
     is_loopback: bool
     has_foreign_peer: bool  # the other end is in another network namespace
     master: int | None
+    tunnel_port: int | None = None  # UDP port of a VXLAN or Geneve device
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -64,6 +67,12 @@ class Network:
     addresses: dict[int, tuple[str, ...]]  # global addresses by ifindex
     local: frozenset[str]  # every address of the host, of any scope
     default_route: frozenset[int]  # ifindexes of default routes
+
+    def tunnel_ports(self, kind: str) -> list[int]:
+        """UDP ports of the tunnels of one kind, "vxlan" or "geneve", that end on this host."""
+        return sorted(
+            {link.tunnel_port for link in self.links if link.kind == kind and link.tunnel_port}
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -78,15 +87,22 @@ def _link(body: bytes) -> Link:
     _, kind, ifindex, flags, _ = _LINK.unpack_from(body)
     told = netlink.attributes(body, _LINK.size)
     info = netlink.attributes(told.get(_IFLA_LINKINFO, b""))
+    device = _text(info[_IFLA_INFO_KIND]) if _IFLA_INFO_KIND in info else None
     return Link(
         ifindex=ifindex,
         name=_text(told[_IFLA_IFNAME]),
-        kind=_text(info[_IFLA_INFO_KIND]) if _IFLA_INFO_KIND in info else None,
+        kind=device,
         is_ethernet=kind == _ARPHRD_ETHER,
         is_loopback=bool(flags & _IFF_LOOPBACK),
         has_foreign_peer=_IFLA_LINK_NETNSID in told,
         master=_number(told[_IFLA_MASTER]) if _IFLA_MASTER in told else None,
+        tunnel_port=_tunnel_port(device, netlink.attributes(info.get(_IFLA_INFO_DATA, b""))),
     )
+
+
+def _tunnel_port(kind: str | None, told: Mapping[int, bytes]) -> int | None:
+    value = told.get(_TUNNEL_PORT.get(kind or "", 0))
+    return int.from_bytes(value, "big") if value else None
 
 
 def _text(value: bytes) -> str:

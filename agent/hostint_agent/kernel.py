@@ -8,7 +8,7 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from hostint_agent import bpf_calls, bpf_types
@@ -34,6 +34,8 @@ _BTF_TAIL = {
     19: (0, 12),
 }
 _SUBSYSTEM_INDEX = 256
+# of VXLAN by IANA and by Linux, of Geneve
+_VXLAN_PORTS, _GENEVE_PORT = (4789, 8472), 6081
 
 
 class KernelError(Exception):
@@ -226,6 +228,7 @@ class DatapathConfig:
         for field, value in dataclasses.asdict(offsets()).items():
             setattr(self._config, field, value)
         self._config.netns_cookie = netns_cookie()
+        self.set_tunnels()
         self.refresh_wall_offset()
         table = bpf_calls.Map.open(self._maps / "drop_reasons")
         for index, value in drop_reason_entries(drop_reason_names()).items():
@@ -247,6 +250,13 @@ class DatapathConfig:
     def set_port_is_ifindex(self, same: bool) -> None:
         """Spare the programs the look at the port ids, if every interface has its index for one."""
         self._config.port_is_ifindex = int(same)
+
+    def set_tunnels(self, vxlan: Iterable[int] = (), geneve: Iterable[int] = ()) -> None:
+        """UDP ports of tunnel devices. The usual ones come after them: a CNI may put packets into tunnels without a device."""
+        tunnels = self._config.tunnels
+        ports = [*dict.fromkeys((*vxlan, *_VXLAN_PORTS))]
+        tunnels.vxlan[:] = (ports + [0] * len(tunnels.vxlan))[: len(tunnels.vxlan)]
+        tunnels.geneve = next(iter(geneve), _GENEVE_PORT)
 
     def set_node_id(self, node_id: int) -> None:
         """Change the node id that reports carry."""

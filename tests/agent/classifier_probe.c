@@ -29,12 +29,13 @@ static __always_inline __u64 told(__u32 flags, const struct verdict *verdict)
 int ingress(struct __sk_buff *skb)
 {
 	struct scratch *scratch = scratch_of(SCRATCH_TC);
+	struct tunnel_ports none = {};
 	struct verdict verdict = {};
 	__u32 flags;
 
 	if (!scratch)
 		return NOT_PARSED;
-	if (parse_frame((const __u8 *)(long)skb->data, (const __u8 *)(long)skb->data_end, &scratch->key,
+	if (parse_frame((const __u8 *)(long)skb->data, (const __u8 *)(long)skb->data_end, &none, &scratch->key,
 			&scratch->offsets) < 0)
 		return NOT_PARSED;
 	flags = classify(&scratch->key, scratch, &verdict, side_of(live_generation()), true);

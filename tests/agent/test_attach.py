@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from hostint_agent import attach, bpf_calls, bpf_types, clsact
+from hostint_agent import attach, bpf_calls, bpf_types, clsact, interfaces, kernel
 from tests.agent.rings import make_map
 from tests.lab import cni
 from tests.lab.namespace import Namespace, ip
@@ -66,6 +66,33 @@ def test_ports_are_looked_up_only_where_one_is_not_its_index():
         assert attach.Ports(maps).assign([2, 65535]) == {2: 2, 65535: 65534}
         assert ports.assign([2]) == {2: 2}
         assert is_index() == 1
+
+
+@pytest.mark.bpf
+def test_the_ports_of_tunnel_devices_come_before_the_usual_ones(node):
+    def told() -> tuple[list[int], int]:
+        tunnels = bpf_types.Config.from_buffer_copy(config.lookup(bytes(4))).tunnels
+        return list(tunnels.vxlan), tunnels.geneve
+
+    def read() -> None:
+        network = node.namespace.inside(interfaces.read_network)
+        written.set_tunnels(network.tunnel_ports("vxlan"), network.tunnel_ports("geneve"))
+
+    with tempfile.TemporaryDirectory(prefix="hostint-tunnels-", dir="/sys/fs/bpf") as directory:
+        maps = Path(directory)
+        config = make_map(maps / "config", _ARRAY, ctypes.sizeof(bpf_types.Config), 1, _MMAPABLE)
+        written = kernel.DatapathConfig(maps)
+        read()
+        assert told() == ([4789, 8472, 0], 6081)
+        vxlan = f"-n {node.namespace.name} link add vx{{0}} type vxlan id {{0}} dstport {{1}}"
+        ip(vxlan.format(1, 8472), vxlan.format(2, 4444))
+        read()
+        assert told() == ([4444, 8472, 4789], 6081)
+        ip(vxlan.format(3, 5555), f"-n {node.namespace.name} link del vx1")
+        read()
+        assert told() == ([4444, 5555, 4789], 6081)
+        written.set_tunnels(geneve=[7777])
+        assert told() == ([4789, 8472, 0], 7777)
 
 
 @pytest.fixture

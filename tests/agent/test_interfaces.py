@@ -100,3 +100,23 @@ def test_only_default_routes_are_a_reason_to_look_again():
 def test_every_other_message_is_a_reason_to_look_again():
     assert interfaces._matters(route_message(netlink.RTM_NEWLINK, 24))
     assert interfaces._matters(b"what nobody understands")
+
+
+def link_message(kind: str, *data: tuple[int, bytes]) -> bytes:
+    inside = b"".join(netlink.attribute(*each) for each in data)
+    info = netlink.attribute(1, kind.encode() + b"\0") + netlink.attribute(2, inside)
+    head = struct.pack("=BxHiII", 0, 1, 7, 0, 0)
+    return head + netlink.attribute(3, b"dev7\0") + netlink.attribute(18, info)
+
+
+def test_tunnels_are_known_by_their_ports():
+    port = struct.pack("!H", 4444)
+    links = [
+        interfaces._link(link_message("vxlan", (1, bytes(4)), (15, port))),
+        interfaces._link(link_message("geneve", (5, port))),
+        interfaces._link(link_message("bridge", (15, port), (5, port))),
+        interfaces._link(link_message("vxlan")),
+    ]
+    assert [link.tunnel_port for link in links] == [4444, 4444, None, None]
+    assert network(*links, *links).tunnel_ports("vxlan") == [4444]
+    assert network(NIC).tunnel_ports("geneve") == []

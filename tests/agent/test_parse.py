@@ -14,7 +14,9 @@ WRAPPER = """
 #include "parse.h"
 int parse(const unsigned char *data, unsigned int bytes, struct flow_key *key, struct packet_offsets *offsets)
 {
-	return parse_frame(data, data + bytes, key, offsets);
+	const struct tunnel_ports tunnels = { .vxlan = { 4789, 8472 }, .geneve = 6081 };
+
+	return parse_frame(data, data + bytes, &tunnels, key, offsets);
 }
 """
 NOT_IP, TRUNCATED = -1, -2
@@ -226,3 +228,79 @@ def test_the_print_tells_packets_of_a_flow_apart(parse, packet, at, size):
 def test_the_print_is_not_made_of_what_a_hop_changes(parse, packet, at, size):
     found = prints(parse, [with_number(packet, at, size, number) for number in range(200)])
     assert len(set(found)) == 1
+
+
+def udp(port: int, payload: bytes) -> bytes:
+    return struct.pack("!HHHH", 50000, port, 8 + len(payload), 0) + payload
+
+
+def vxlan(inside: bytes, port: int = 4789) -> bytes:
+    return udp(port, struct.pack("!II", 8 << 24, 7 << 8) + inside)
+
+
+def geneve(inside: bytes, options: bytes = b"") -> bytes:
+    head = struct.pack("!BBHI", len(options) // 4, 0, 0x6558, 7 << 8)
+    return udp(6081, head + options + inside)
+
+
+INSIDE = {
+    "tcp4": ipv4(6, PORTS),
+    "udp4-options": ipv4(17, PORTS, options=bytes(40)),
+    "icmp4": ipv4(1, bytes([8, 0]) + bytes(6)),
+    "later-fragment4": ipv4(17, PORTS, fragment=0x2001),
+    "tcp6": ipv6(6, PORTS),
+    "udp6": ipv6(17, PORTS),
+    "udp6-fragment": ipv6(44, extension(17) + PORTS),
+    "udp6-later-fragment": ipv6(44, bytes([17, 0, 5, 0]) + bytes([1, 2, 3, 4]) + PORTS),
+}
+TUNNELS = {
+    "vxlan": lambda packet: ipv4(17, vxlan(frame(packet))),
+    "vxlan-other-port": lambda packet: ipv4(17, vxlan(frame(packet), 8472)),
+    "vxlan6": lambda packet: ipv6(17, vxlan(frame(packet))),
+    "geneve": lambda packet: ipv4(17, geneve(frame(packet))),
+    "geneve-options": lambda packet: ipv6(17, geneve(frame(packet), bytes(24))),
+    "ip-in-ip": lambda packet: ipv4(4 if packet[0] >> 4 == 4 else 41, packet),
+    "ip-in-ipv6": lambda packet: ipv6(4 if packet[0] >> 4 == 4 else 41, packet),
+}
+
+
+def numbered(packet: bytes) -> list[bytes]:
+    """The same packet with other numbers where it has some."""
+    at, size = (4, 2) if packet[0] >> 4 == 4 else (2, 2)
+    return [with_number(packet, at, size, number) for number in range(100)]
+
+
+@pytest.mark.parametrize("inside", INSIDE)
+@pytest.mark.parametrize("tunnel", TUNNELS)
+def test_a_packet_in_a_tunnel_has_the_print_that_it_has_outside(parse, tunnel, inside):
+    packets = numbered(INSIDE[inside])
+    assert len(set(prints(parse, packets))) > 50
+    assert prints(parse, [TUNNELS[tunnel](each) for each in packets]) == prints(parse, packets)
+
+
+def test_the_tuple_of_a_tunnel_is_its_own(parse):
+    _, key, _ = parse(frame(ipv4(17, vxlan(frame(ipv6())))))
+    assert (key.family, key.protocol, key.destination_port, key.no_ports) == (4, 17, 4789, 0)
+    _, key, _ = parse(frame(ipv4(41, ipv6())))
+    assert (key.family, key.protocol, key.no_ports) == (4, 41, 1)
+
+
+def test_what_only_looks_like_a_tunnel_has_a_print_of_its_own(parse):
+    packets = numbered(INSIDE["tcp4"])
+    for port in (4790, 53):
+        assert (
+            len(set(prints(parse, [ipv4(17, vxlan(frame(each), port)) for each in packets]))) == 1
+        )
+    # neither IPv4 nor IPv6 inside
+    arp = ETHERNET + b"\x08\x06" + bytes(28)
+    assert prints(parse, [ipv4(17, vxlan(arp))]) == prints(
+        parse, [ipv4(17, udp(9, bytes(8) + arp))]
+    )
+
+
+@pytest.mark.parametrize("inside", INSIDE)
+@pytest.mark.parametrize("tunnel", TUNNELS)
+def test_a_tunnel_cut_at_any_length_is_read_no_further(parse, tunnel, inside):
+    whole = frame(TUNNELS[tunnel](INSIDE[inside]))
+    for length in range(len(whole)):
+        assert parse(whole[:length])[0] in (0, TRUNCATED)

@@ -172,7 +172,7 @@ static __always_inline int read_frame(struct packet *packet, __u32 at, struct id
 	return result < 0 ? result : read_transport(packet, found, inet);
 }
 
-/* The innermost frame: VXLAN (4789) and Geneve (6081, no options) are looked into. */
+/* The innermost frame: VXLAN (4789, 4444) and Geneve (6081, no options) are looked into. */
 static __always_inline void identify(struct packet *packet, struct identity *found)
 {
 	struct inet inet = {};
@@ -181,7 +181,7 @@ static __always_inline void identify(struct packet *packet, struct identity *fou
 		found->protocol = 0;
 		return;
 	}
-	if (found->protocol != 17 || (found->dport != 4789 && found->dport != 6081))
+	if (found->protocol != 17 || (found->dport != 4789 && found->dport != 4444 && found->dport != 6081))
 		return;
 	__u32 inside = inet.transport + 16;
 

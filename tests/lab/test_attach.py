@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from hostint_agent import attach, bpf_calls, clsact, netlink
+from hostint_agent import attach, bpf_calls, bpf_types, clsact, netlink
 from tests.lab import cni as cnis
 from tests.lab import scene as scenes
 from tests.lab import stream, traffic
@@ -569,6 +569,28 @@ def test_a_device_that_is_renamed_stays_attached_and_is_known_by_its_new_name(ex
         assert extra.world.links(cni, new) == links
         assert extra.world.in_place(cni, new)
     extra.flows()
+
+
+@with_either_method
+def test_a_tunnel_that_is_made_while_the_agent_runs_is_looked_into(extra):
+    maps, node = extra.world.agent.maps, extra.world.node.namespace.name
+
+    def ports() -> list[int]:
+        opened = bpf_calls.Map.open(maps / "config")
+        try:
+            return list(bpf_types.Config.from_buffer_copy(opened.lookup(bytes(4))).tunnels.vxlan)
+        finally:
+            opened.close()
+
+    assert 4444 not in ports()
+    ip(f"-n {node} link add vx9 type vxlan id 9 dstport 4444")
+    try:
+        deadline = time.monotonic() + 5
+        while 4444 not in ports():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        ip(f"-n {node} link del vx9")
 
 
 @with_either_method

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from hostint_agent import attach, bpf_calls, counters, loader
+from hostint_agent import attach, bpf_calls, counters, interfaces, loader
 from tests.lab import compiled, datapath, truth
 from tests.lab.paths import table, traffic, wiring
 from tests.lab.topology import Lab
@@ -122,6 +122,8 @@ class Stage:
         recorder.reset()
         attach.Ports(ours.maps).assign({hook.ifindex for hook in scene.hooks})
         ours.set_local_addresses(scene.local_addresses)
+        network = scene.node.namespace.inside(interfaces.read_network)
+        ours.config.set_tunnels(network.tunnel_ports("vxlan"), network.tunnel_ports("geneve"))
         ours.enable()
 
     def _attach_cni(self, cni: wiring.CniProgram) -> None:

@@ -24,8 +24,8 @@ class Path:
 
     `claims` say what is matched, by what becomes of the packets: forth and back through the node, sent by the host,
     arrived at the host. What follows are limits of the datapath, each with its cause beside it in PATHS: `except_for` are
-    (way, IP version, kind) of which nothing is claimed, `tolerates` are reasons for a report to be false that do not
-    count, and in (IP version, kind) of `mistakes` a tag, which has 15 bits, may by chance be another packet's.
+    (way, IP version, kind) of which nothing is claimed, and `tolerates` are reasons for a report to be false that do not
+    count.
     """
 
     name: str
@@ -36,7 +36,6 @@ class Path:
     claims: Mapping[str, str] = dataclasses.field(default_factory=lambda: _BOTH_WAYS)
     except_for: tuple[tuple[str, int, str], ...] = ()
     tolerates: tuple[str, ...] = ()
-    mistakes: tuple[tuple[int, str], ...] = ()
     watch: str = "ports"
 
     def claim(self, way: str, version: int, kind: str) -> str | None:
@@ -69,7 +68,6 @@ PATHS = (
         nodes=2,
         except_for=(("forth", 6, "udp"),),
         tolerates=(_OUTER_SHOWN,),
-        mistakes=((6, "udp"),),
     ),
     Path("geneve", wiring.geneve, nodes=2, tolerates=(_OUTER_SHOWN,)),
     Path("redirect", wiring.redirected("cni_redirect")),
@@ -120,7 +118,6 @@ PATHS = (
         mode="bridged",
         kinds=_WITH_SEGMENTS,
         except_for=tuple(("back", *what) for what in _SUPER_PACKETS),
-        mistakes=_SUPER_PACKETS,
     ),
 )
 

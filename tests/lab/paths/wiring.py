@@ -286,7 +286,7 @@ def vxlan(lab: Lab) -> Scene:
     for node, other in (lab.nodes, lab.nodes[::-1]):
         name = node.namespace.name
         ip(
-            f"-n {name} link add vx0 type vxlan id 7 dstport 4789 local {node.address} remote {other.address} dev eth0",
+            f"-n {name} link add vx0 type vxlan id 7 dstport 4444 local {node.address} remote {other.address} dev eth0",
             f"-n {name} link set vx0 up",
             f"-n {name} addr add 10.245.0.{node.number}/24 dev vx0",
             f"-n {name} addr add fd45::{node.number}/64 dev vx0 nodad",
