@@ -6,11 +6,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hostint_agent import bpf_calls, bpf_types, clsact, interfaces, kernel, loader, netlink, pinned
+from hostint_agent import (
+    bpf_calls,
+    bpf_types,
+    clsact,
+    hook_programs,
+    interfaces,
+    kernel,
+    loader,
+    netlink,
+    pinned,
+)
 from hostint_agent.doctor import finding
 from hostint_agent.doctor.finding import Finding
 
-_TCX_TYPE = {"ingress": bpf_calls.TCX_INGRESS, "egress": bpf_calls.TCX_EGRESS}
 # of hundreds of interfaces that are as they should be
 _MOST_NAMES = 10
 # of the tables in net/core that the kernel has for its first network namespace alone
@@ -145,24 +154,8 @@ def _interface(route: netlink.Socket, interface: interfaces.Interface, loaded: L
 
 
 def _hook(route: netlink.Socket, ifindex: int, direction: clsact.Direction) -> Hook:
-    """TCX programs run before filters of clsact, also where one of these has preference 1."""
-    try:
-        listed = bpf_calls.tcx_program_ids(ifindex, _TCX_TYPE[direction])
-    except bpf_calls.BpfError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        listed = []  # a kernel without TCX
-    filters = clsact.filters(route, ifindex, direction)
-    runs = [(program, _name(program)) for program in listed]
-    return Hook(direction, [*runs, *((each.program, each.name) for each in filters)])
-
-
-def _name(program: int) -> str:
-    """A program's name, if we may know it: for that CAP_BPF is not enough."""
-    try:
-        return bpf_calls.program_name(program)
-    except OSError:
-        return ""
+    running = hook_programs.listed(route, ifindex, direction)
+    return Hook(direction, [(each.program, each.name) for each in running])
 
 
 def order(name: str, hooks: Sequence[Hook], programs: Mapping[str, int]) -> Finding:
