@@ -312,7 +312,7 @@ def _counters(options: argparse.Namespace) -> int:
         opened = counters.Counters(maps)
     except bpf_calls.BpfError as error:
         raise StartError(f"no datapath is loaded at {options.pin_dir}: {error.strerror}") from error
-    pending = opened.pending()
+    pending = opened.slots().pending
     watchlists = {
         str(i): c | {"pending": pending.get(i, 0)}
         for i in range(1, 256)

@@ -251,7 +251,7 @@ class Attacher:
 
     def drop_recursion_misses(self) -> int:
         """Drops that the drop program did not see, since it ran already on that CPU."""
-        return bpf_calls.program_recursion_misses(self._programs["drop"].fd)
+        return bpf_calls.program_info(self._programs["drop"].fd).recursion_misses
 
     def start(self) -> None:
         """Attach now, then follow changes in the thread."""
