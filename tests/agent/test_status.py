@@ -18,7 +18,7 @@ from hostint_agent import bpf_calls, bpf_types, counters, loader, metrics, pinne
 from hostint_agent.status import hook_orders, tallies
 from hostint_agent.status import look as status
 from hostint_agent.status import text as status_text
-from tests.agent.test_metrics import NOW
+from tests.agent.snapshots import NOW
 
 COMMAND = [sys.executable, "-m", "hostint_agent", "status"]
 NOTHING = dict.fromkeys(counters.WATCHLIST_FIELDS, 0)
