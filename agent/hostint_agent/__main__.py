@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from hostint_agent import (
     agent,
     bpf_calls,
     check,
+    command_line,
     counters,
     http,
     interfaces,
@@ -31,8 +32,6 @@ from hostint_agent import (
     standalone,
     unload,
 )
-from hostint_agent.doctor import command as doctor
-from hostint_agent.status import command as status_command
 from hostint_api import NodeConfigSpec
 
 log = structlog.get_logger()
@@ -213,60 +212,6 @@ async def run_standalone(
         await asyncio.to_thread(process.stop)
 
 
-def _node_id(text: str) -> int:
-    """A number, or an IPv4 address. Raises argparse.ArgumentTypeError."""
-    try:
-        return standalone.parse_node_id(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="hostint-agent",
-        description="Report what this node does to watched packets, as INT telemetry reports.",
-    )
-    parser.add_argument("--version", action="version", version=f"hostint-agent {agent.VERSION}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    run = commands.add_parser("run", help="follow this node's IntNodeConfig (in a cluster)")
-    settings.add_agent_options(run, environment, settings.DEFAULT_HTTP)
-    run.add_argument(
-        "--kubeconfig", type=Path, help="default: the pod's own service account", metavar="FILE"
-    )
-
-    alone = commands.add_parser("standalone", help="the same objects from files, no Kubernetes")
-    settings.add_agent_options(alone, environment, settings.DEFAULT_STANDALONE_HTTP)
-    alone.add_argument(
-        "files", nargs="+", type=Path, metavar="FILE", help="YAML, read again on change"
-    )
-    alone.add_argument(
-        "--node-id",
-        type=_node_id,
-        metavar="ID",
-        help="node id of the reports, a number or IPv4 address (default: the node's first IPv4 address)",
-    )
-    alone.add_argument(
-        "--keep", action="store_true", help="leave the datapath loaded at the end (default: unload)"
-    )
-
-    checked = commands.add_parser("check", help="validate objects as the API server would")
-    checked.add_argument("files", nargs="+", type=Path, metavar="FILE")
-
-    examined = commands.add_parser("doctor", help="look at this node, and say what is wrong")
-    doctor.add_options(examined, environment)
-
-    told = commands.add_parser("status", help="print what the datapath of this node is like now")
-    status_command.add_options(told, environment)
-
-    for name, words in (
-        ("unload", "remove every program, map and link of ours, and nothing else"),
-        ("counters", "print the datapath's counters as JSON"),
-    ):
-        settings.add_options(commands.add_parser(name, help=words), environment)
-    return parser
-
-
 def _run(options: argparse.Namespace) -> int:
     chosen = settings.from_options(options)
     ensure_bpffs(chosen.pin_dir)
@@ -294,6 +239,18 @@ def _standalone(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> int:
     return check.run(options.files)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from hostint_agent.doctor import command  # memory that no agent needs
+
+    return command.run(options)
+
+
+def _status(options: argparse.Namespace) -> int:
+    from hostint_agent.status import command  # memory that no agent needs
+
+    return command.run(options)
 
 
 def _unload(options: argparse.Namespace) -> int:
@@ -331,8 +288,8 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": _run,
     "standalone": _standalone,
     "check": _check,
-    "doctor": doctor.run,
-    "status": status_command.run,
+    "doctor": _doctor,
+    "status": _status,
     "unload": _unload,
     "counters": _counters,
 }
@@ -346,7 +303,7 @@ def _innermost(error: BaseException) -> BaseException:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; exit status 0, 1 when it could not do its work, 2 for wrong usage."""
-    options = _parser(settings.environment()).parse_args(arguments)
+    options = command_line.parser(settings.environment()).parse_args(arguments)
     try:
         # before the event loop listens for it, SIGTERM ends us as Ctrl-C does: with what was loaded taken away again
         signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -8,43 +8,11 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from hostint_agent import settings
+from hostint_agent.doctor import examination
 from hostint_agent.doctor.finding import Finding
-from hostint_agent.node_rules import Destination
 
 _COLOURS = {"ok": "32", "warning": "33", "failure": "31"}
 _WIDTH = max(map(len, _COLOURS))
-
-
-def add_options(parser: argparse.ArgumentParser, environment: Mapping[str, str]) -> None:
-    """Options of `doctor`: those of the agent, which say what to look at, and its own."""
-    settings.add_agent_options(parser, environment, settings.DEFAULT_HTTP)
-    parser.add_argument(
-        "--collector",
-        type=_destination,
-        action="append",
-        default=[],
-        dest="collectors",
-        metavar="HOST:PORT",
-        help="look at this collector, and not at those of the last configuration; may be given more than once",
-    )
-    parser.add_argument("--json", action="store_true", help="print an array of objects")
-
-
-def parse_collector(text: str) -> Destination:
-    """HOST:PORT, an IPv6 address in brackets. Raises ValueError."""
-    host, separator, port = text.rpartition(":")
-    if not separator or not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
-        raise ValueError(f"'{text}' is not HOST:PORT, with a port of 1..65535")
-    if ":" in host and not (host.startswith("[") and host.endswith("]")):
-        raise ValueError(f"'{text}' is not HOST:PORT: an IPv6 address is written in brackets")
-    return Destination(text, host.strip("[]"), int(port), 0)
-
-
-def _destination(text: str) -> Destination:
-    try:
-        return parse_collector(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def as_text(findings: Sequence[Finding], *, colours: bool) -> str:
@@ -82,8 +50,6 @@ def wants_colours(is_terminal: bool, environment: Mapping[str, str]) -> bool:
 
 def run(options: argparse.Namespace) -> int:
     """Examine the node and print what was found; 0: nothing failed, 1: something did."""
-    from hostint_agent.doctor import examination  # memory that no agent needs
-
     findings = list(examination.examine(settings.from_options(options), options.collectors))
     if options.json:
         text = as_json(findings)

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A datapath attached as an agent leaves it, and what there is to say of it."""
 
-import argparse
 import contextlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from hostint_agent import attach, clsact, interfaces, loader, settings
-from hostint_agent.doctor import command as doctor
+from hostint_agent import attach, clsact, command_line, interfaces, loader, settings
 from hostint_agent.doctor import examination
 from tests.agent.doctor.findings import Findings
 from tests.lab.namespace import Namespace
@@ -35,7 +33,6 @@ def attached(near: Namespace, pins: Path, mode: attach.Mode = "tcx") -> Iterator
 
 def look(near: Namespace, pins: Path, *options: str) -> Findings:
     """What there is to say of the datapath and where it is attached, by a thread in the namespace."""
-    parser = argparse.ArgumentParser()
-    doctor.add_options(parser, {})
-    chosen = settings.from_options(parser.parse_args(["--pin-dir", str(pins), *options]))
+    command = ["doctor", "--pin-dir", str(pins), *options]
+    chosen = settings.from_options(command_line.parser({}).parse_args(command))
     return {each.check: each for each in near.inside(lambda: list(examination._datapath(chosen)))}

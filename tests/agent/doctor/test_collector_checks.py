@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from hostint_agent import last_good, node_rules
+from hostint_agent import command_line, last_good, node_rules
 from hostint_agent.doctor import collector_checks, finding
-from hostint_agent.doctor import command as doctor
 from hostint_api import NodeConfigSpec
 from tests.agent.cable import FAR, FAR6
 from tests.agent.doctor.findings import NOBODY, examine, fails, is_ok, warns
@@ -15,7 +14,7 @@ from tests.lab.namespace import Namespace, ip
 
 
 def reached(near: Namespace, text: str, tmp_path: Path) -> finding.Finding:
-    given = [doctor.parse_collector(text)]
+    given = [command_line.parse_collector(text)]
     found = the_one(near.inside(lambda: collector_checks.check(given, tmp_path, "a")))
     assert found.check == f"collector {text}"
     return found

@@ -10,6 +10,7 @@ import subprocess
 import pytest
 
 from hostint_agent import __main__ as hostint_agent
+from hostint_agent import command_line
 from hostint_agent.doctor import command as doctor
 from hostint_agent.doctor import finding
 from tests.agent.doctor.findings import COMMAND, run
@@ -30,7 +31,7 @@ def wrong_usage(capsys, *options: str) -> str:
     [("192.0.2.9:1", "192.0.2.9", 1), ("[fd00::9]:65535", "fd00::9", 65535), ("a.b:5", "a.b", 5)],
 )
 def test_a_collector_is_named_by_host_and_port(text, host, port):
-    parsed = doctor.parse_collector(text)
+    parsed = command_line.parse_collector(text)
     assert (parsed.name, parsed.address, parsed.port) == (text, host, port)
 
 

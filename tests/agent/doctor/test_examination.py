@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from hostint_agent import interfaces, loader
+from hostint_agent import command_line, interfaces, loader
 from hostint_agent.doctor import (
     collector_checks,
     datapath_checks,
@@ -18,7 +18,6 @@ from hostint_agent.doctor import (
     http_checks,
     node_checks,
 )
-from hostint_agent.doctor import command as doctor
 from tests.agent.cable import FAR
 from tests.agent.doctor.findings import NOBODY, examine, fails, is_ok
 from tests.agent.doctor.loaded import attached
@@ -82,7 +81,7 @@ def test_nothing_of_it_stays_open_attached_or_pinned(near, pins, tmp_path):
         found, loaded = datapath_checks.find(pins, loader.default_bpf_dir())
         is_ok(found)
         near.inside(lambda: datapath_checks.attachments(interfaces.Patterns(), loaded))
-        destination = doctor.parse_collector(f"{FAR}:1")
+        destination = command_line.parse_collector(f"{FAR}:1")
         near.inside(lambda: collector_checks.reach(destination))
         http_checks.address(("127.0.0.1", 0))
         assert len(os.listdir("/proc/self/fd")) == open_before
@@ -100,9 +99,3 @@ def test_llvm_is_mapped_into_the_child_alone(tmp_path):
     ended = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "finds all headers" in ended.stdout
     assert ended.stdout.splitlines()[-1] == "False False"
-
-
-def test_an_agent_does_not_pay_for_the_checks_with_its_memory():
-    code = "import sys; from hostint_agent import __main__; print('examination' in str([*sys.modules]))"
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ended.stdout == "False\n"
