@@ -5,6 +5,7 @@ import argparse
 import asyncio
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import signal
@@ -190,17 +191,16 @@ async def run_standalone(
 ) -> None:
     """`hostint-agent standalone`; `spec` is what the files make at the start."""
     queue: asyncio.Queue[agent.Wanted] = asyncio.Queue()
-    generation = 0
+    generations = itertools.count(1)
 
-    def hand_over(spec: NodeConfigSpec) -> None:
-        nonlocal generation
-        generation += 1
-        queue.put_nowait(agent.Wanted(spec, generation))
+    def hand_over(spec: NodeConfigSpec) -> agent.Wanted:
+        wanted = agent.Wanted(spec, next(generations))
+        queue.put_nowait(wanted)
+        return wanted
 
-    process = agent.Agent(chosen, agent.Wanted(spec, generation))
+    process = agent.Agent(chosen, hand_over(spec))
     await asyncio.to_thread(start, process)
     try:
-        hand_over(spec)
         with process.serve():
             log.info("agent started", node=chosen.node, version=agent.VERSION)
             await _until_stopped(

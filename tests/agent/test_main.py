@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from hostint_agent import __main__ as command
-from hostint_agent import loader
+from hostint_agent import bpf_calls, loader
 from tests.agent.test_standalone import COLLECTOR, files, watchlist
 
 COMMAND = [sys.executable, "-m", "hostint_agent"]
@@ -161,6 +161,13 @@ def test_standalone_ends_within_two_seconds_and_leaves_nothing(tmp_path, pin_dir
         assert status == 0, agent.log.read_text()
         assert seconds < 2
         assert not pin_dir.exists()
+
+
+@pytest.mark.bpf
+def test_standalone_makes_its_first_rules_live_once(tmp_path, pin_dir):
+    with running(tmp_path, pin_dir, "--http", "none"):
+        word = bpf_calls.Map.open(loader.current(pin_dir) / "maps" / "classifier_generation")
+        assert word.lookup(bytes(4)) == (1).to_bytes(8, sys.byteorder)
 
 
 @pytest.mark.bpf
