@@ -21,6 +21,7 @@ import structlog
 from hostint_agent import (
     agent,
     bpf_calls,
+    bpf_filesystem,
     check,
     command_line,
     counters,
@@ -38,7 +39,6 @@ from hostint_api import NodeConfigSpec
 log = structlog.get_logger()
 
 _NEEDS = "needs CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON (run as root, or give the container these capabilities)"
-_BPF_FS_MAGIC = "bpf"
 # an agent that is being replaced needs up to two seconds to end
 _LOCK_WAIT_S = 3.0
 
@@ -49,12 +49,9 @@ class StartError(Exception):
 
 def ensure_bpffs(pin_dir: Path) -> None:
     """Make `pin_dir` a directory of a bpffs, mounting one if there is none and we may. Raises StartError."""
-    base = pin_dir
-    while not base.exists():
-        base = base.parent
-    if _is_bpffs(base):
+    if bpf_filesystem.holds(bpf_filesystem.existing(pin_dir)):
         return _make(pin_dir)
-    mount_point = Path("/sys/fs/bpf")
+    mount_point = bpf_filesystem.MOUNT_POINT
     hint = f"mount one with: mount -t bpf bpf {mount_point}"
     if mount_point not in (pin_dir, *pin_dir.parents):
         raise StartError(
@@ -69,16 +66,6 @@ def ensure_bpffs(pin_dir: Path) -> None:
     if mounted.returncode:
         raise StartError(f"no bpffs at {mount_point}: {mounted.stderr.strip()}; {hint}")
     return _make(pin_dir)
-
-
-def _is_bpffs(path: Path) -> bool:
-    best, kind = -1, ""
-    for line in Path("/proc/self/mounts").read_text().splitlines():
-        _, point, fstype, *_ = line.split()
-        inside = path == Path(point) or Path(point) in path.parents
-        if inside and len(point) >= best:
-            best, kind = len(point), fstype
-    return kind == _BPF_FS_MAGIC
 
 
 def _make(pin_dir: Path) -> None:

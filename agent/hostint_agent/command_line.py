@@ -57,7 +57,7 @@ def _add_standalone_options(
     )
     parser.add_argument(
         "--node-id",
-        type=_node_id,
+        type=settings.as_argument(standalone.parse_node_id),
         metavar="ID",
         help="node id of the reports, a number or IPv4 address (default: the node's first IPv4 address)",
     )
@@ -71,7 +71,7 @@ def _add_doctor_options(parser: argparse.ArgumentParser, environment: Mapping[st
     settings.add_agent_options(parser, environment, settings.DEFAULT_HTTP)
     parser.add_argument(
         "--collector",
-        type=_destination,
+        type=settings.as_argument(parse_collector),
         action="append",
         default=[],
         dest="collectors",
@@ -87,7 +87,7 @@ def _add_status_options(parser: argparse.ArgumentParser, environment: Mapping[st
     settings.add_state_options(parser, environment)
     parser.add_argument(
         "--interval",
-        type=_seconds,
+        type=settings.as_argument(_seconds),
         default=1.0,
         metavar="SECONDS",
         help="how long to count, to tell rates; 0: tell none (default: 1)",
@@ -108,24 +108,10 @@ def parse_collector(text: str) -> Destination:
     return Destination(text, host.strip("[]"), int(port), 0)
 
 
-def _destination(text: str) -> Destination:
-    try:
-        return parse_collector(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _node_id(text: str) -> int:
-    """A number, or an IPv4 address. Raises argparse.ArgumentTypeError."""
-    try:
-        return standalone.parse_node_id(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
 def _seconds(text: str) -> float:
+    """Raises ValueError."""
     with contextlib.suppress(ValueError):
         seconds = float(text)
         if 0 <= seconds <= _MOST_S:
             return seconds
-    raise argparse.ArgumentTypeError(f"'{text}' is not 0..{_MOST_S} seconds")
+    raise ValueError(f"'{text}' is not 0..{_MOST_S} seconds")

@@ -224,7 +224,8 @@ def load(pin_dir: Path, bpf_dir: Path | None = None) -> Path:
     return directory
 
 
-def _header_flags(bpf_dir: Path) -> list[str]:
+def header_flags(bpf_dir: Path) -> list[str]:
+    """Where the compiler looks for headers."""
     machine = platform.machine()
     return ["-I/usr/include", f"-I/usr/include/{machine}-linux-gnu", f"-I{bpf_dir}"]
 
@@ -241,7 +242,7 @@ def compile_and_pin(pin_dir: Path, bpf_dir: Path) -> None:
     maps.mkdir(parents=True)
     programs.mkdir()
     there = _to_take_over(pin_dir, directory, source)
-    flags = [*source.defines, "-Wno-everything", *_header_flags(bpf_dir)]
+    flags = [*source.defines, "-Wno-everything", *header_flags(bpf_dir)]
     flags += ["-DMAPS_ARE_THERE"] if there else []
     module = bcc.BPF(text=_PRELUDE + source.text, cflags=flags)
     for name in sorted(source.maps):

@@ -5,7 +5,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from hostint_agent import settings
 from hostint_agent.doctor import examination
@@ -43,18 +43,13 @@ def as_json(findings: Sequence[Finding]) -> str:
     return json.dumps([dataclasses.asdict(each) for each in findings], indent=2)
 
 
-def wants_colours(is_terminal: bool, environment: Mapping[str, str]) -> bool:
-    """Only on a terminal, and not with NO_COLOR (no-color.org: set, and not empty)."""
-    return is_terminal and not environment.get("NO_COLOR")
-
-
 def run(options: argparse.Namespace) -> int:
     """Examine the node and print what was found; 0: nothing failed, 1: something did."""
     findings = list(examination.examine(settings.from_options(options), options.collectors))
     if options.json:
         text = as_json(findings)
     else:
-        colours = wants_colours(sys.stdout.isatty(), settings.environment())
+        colours = settings.wants_colours(sys.stdout.isatty(), settings.environment())
         text = as_text(findings, colours=colours)
     print(text)  # noqa: T201
     return 1 if any(each.result == "failure" for each in findings) else 0

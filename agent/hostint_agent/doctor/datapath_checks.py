@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hostint_agent import (
-    bpf_calls,
-    bpf_types,
     clsact,
     hook_programs,
     interfaces,
@@ -47,15 +45,10 @@ class Hook:
 
 def _opened(directory: Path, *, same_maps: bool) -> Loaded:
     """Look at a build; `same_maps`: its map `config` is like ours. Raises bpf_calls.BpfError."""
-    ids = {}
-    for name in loader.PROGRAMS:
-        with bpf_calls.opened(directory / "programs" / name) as fd:
-            ids[name] = bpf_calls.program_id(fd)
+    ids = {name: pinned.program(directory, name).id for name in loader.PROGRAMS}
     if not same_maps:
         return Loaded(directory, ids, enabled=True, held=False, netns_cookie=0)
-    config_map = bpf_calls.Map.open(directory / "maps" / "config")
-    config = bpf_types.Config.from_buffer_copy(config_map.lookup(bytes(4)))
-    config_map.close()
+    config = pinned.config(directory)
     return Loaded(directory, ids, bool(config.enabled), bool(config.hold), config.netns_cookie)
 
 

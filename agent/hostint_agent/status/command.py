@@ -50,7 +50,7 @@ def _look_again(where: look.Where, options: argparse.Namespace) -> str:
 def _text(told: look.Status, options: argparse.Namespace) -> str:
     if options.json:
         return json.dumps(dataclasses.asdict(told), indent=None if options.watch else 2)
-    colours = sys.stdout.isatty() and not settings.environment().get("NO_COLOR")
+    colours = settings.wants_colours(sys.stdout.isatty(), settings.environment())
     return text.render(told, colours=colours)
 
 

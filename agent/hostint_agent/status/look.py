@@ -155,7 +155,7 @@ class _Look:
         before = self._tally() if interval_s else None
         time.sleep(interval_s)
         now = self._tally()
-        config, slots = map_contents.config(self._maps), self._counters.slots()
+        config, slots = pinned.config(self._build), self._counters.slots()
         running, pid = pinned.agent(self._where.pin_dir)
         programs = {name: pinned.program(self._build, name) for name in loader.PROGRAMS}
         own_namespace = config.netns_cookie in (0, kernel.netns_cookie())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is in the maps of a loaded datapath, read for people: the live side of the tables, the flows, the settings."""
+"""What is in the maps of a loaded datapath, read for people: the live side of the tables, and the flows."""
 
 import collections
 import ctypes
@@ -58,10 +58,3 @@ def flows(maps: Path) -> int:
     """Flows, and flows with a drop, that the table remembers. Raises bpf_calls.BpfError."""
     words = memoryview(bpf_calls.Map.open(maps / "flows").values()).cast("Q")
     return sum(map(bool, words[::_FLOW_WORDS].tolist()))
-
-
-def config(maps: Path) -> bpf_types.Config:
-    """A copy of the settings. Raises bpf_calls.BpfError."""
-    data = bpf_calls.Map.open(maps / "config").lookup(bytes(4))
-    # another version's may be shorter
-    return bpf_types.Config.from_buffer_copy(data.ljust(ctypes.sizeof(bpf_types.Config), b"\0"))

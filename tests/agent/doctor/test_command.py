@@ -10,7 +10,7 @@ import subprocess
 import pytest
 
 from hostint_agent import __main__ as hostint_agent
-from hostint_agent import command_line
+from hostint_agent import command_line, settings
 from hostint_agent.doctor import command as doctor
 from hostint_agent.doctor import finding
 from tests.agent.doctor.findings import COMMAND, run
@@ -105,7 +105,7 @@ def on_a_terminal(*options: object, **variables: str) -> str:
     [(True, {}, True), (True, {"NO_COLOR": ""}, True), (True, {"NO_COLOR": "1"}, False), (False, {}, False)],
 )  # fmt: skip
 def test_colours_are_for_terminals_and_not_for_who_wants_none(terminal, variables, wanted):
-    assert doctor.wants_colours(terminal, variables) is wanted
+    assert settings.wants_colours(terminal, variables) is wanted
 
 
 @pytest.mark.bpf

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
@@ -270,11 +269,6 @@ def test_a_bpffs_that_is_mounted_read_only_fails():
 
 def test_the_compiler_finds_all_headers():
     is_ok(node_checks.compiler(loader.default_bpf_dir()), "bcc 0.")
-
-
-def test_the_compiler_looks_where_the_loader_has_it_look():
-    directory = Path("/somewhere")
-    assert node_checks.header_flags(directory) == loader._header_flags(directory)
 
 
 def test_a_machine_without_bcc_fails(tmp_path, monkeypatch):
