@@ -5,13 +5,14 @@ import argparse
 import asyncio
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ import structlog
 from hostint_agent import (
     agent,
     bpf_calls,
+    bpf_filesystem,
     check,
+    command_line,
     counters,
     http,
     interfaces,
@@ -31,14 +34,11 @@ from hostint_agent import (
     standalone,
     unload,
 )
-from hostint_agent.doctor import command as doctor
-from hostint_agent.status import command as status_command
 from hostint_api import NodeConfigSpec
 
 log = structlog.get_logger()
 
 _NEEDS = "needs CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON (run as root, or give the container these capabilities)"
-_BPF_FS_MAGIC = "bpf"
 # an agent that is being replaced needs up to two seconds to end
 _LOCK_WAIT_S = 3.0
 
@@ -49,12 +49,9 @@ class StartError(Exception):
 
 def ensure_bpffs(pin_dir: Path) -> None:
     """Make `pin_dir` a directory of a bpffs, mounting one if there is none and we may. Raises StartError."""
-    base = pin_dir
-    while not base.exists():
-        base = base.parent
-    if _is_bpffs(base):
+    if bpf_filesystem.holds(bpf_filesystem.existing(pin_dir)):
         return _make(pin_dir)
-    mount_point = Path("/sys/fs/bpf")
+    mount_point = bpf_filesystem.MOUNT_POINT
     hint = f"mount one with: mount -t bpf bpf {mount_point}"
     if mount_point not in (pin_dir, *pin_dir.parents):
         raise StartError(
@@ -69,16 +66,6 @@ def ensure_bpffs(pin_dir: Path) -> None:
     if mounted.returncode:
         raise StartError(f"no bpffs at {mount_point}: {mounted.stderr.strip()}; {hint}")
     return _make(pin_dir)
-
-
-def _is_bpffs(path: Path) -> bool:
-    best, kind = -1, ""
-    for line in Path("/proc/self/mounts").read_text().splitlines():
-        _, point, fstype, *_ = line.split()
-        inside = path == Path(point) or Path(point) in path.parents
-        if inside and len(point) >= best:
-            best, kind = len(point), fstype
-    return kind == _BPF_FS_MAGIC
 
 
 def _make(pin_dir: Path) -> None:
@@ -191,17 +178,16 @@ async def run_standalone(
 ) -> None:
     """`hostint-agent standalone`; `spec` is what the files make at the start."""
     queue: asyncio.Queue[agent.Wanted] = asyncio.Queue()
-    generation = 0
+    generations = itertools.count(1)
 
-    def hand_over(spec: NodeConfigSpec) -> None:
-        nonlocal generation
-        generation += 1
-        queue.put_nowait(agent.Wanted(spec, generation))
+    def hand_over(spec: NodeConfigSpec) -> agent.Wanted:
+        wanted = agent.Wanted(spec, next(generations))
+        queue.put_nowait(wanted)
+        return wanted
 
-    process = agent.Agent(chosen, agent.Wanted(spec, generation))
+    process = agent.Agent(chosen, hand_over(spec))
     await asyncio.to_thread(start, process)
     try:
-        hand_over(spec)
         with process.serve():
             log.info("agent started", node=chosen.node, version=agent.VERSION)
             await _until_stopped(
@@ -211,60 +197,6 @@ async def run_standalone(
             )
     finally:
         await asyncio.to_thread(process.stop)
-
-
-def _node_id(text: str) -> int:
-    """A number, or an IPv4 address. Raises argparse.ArgumentTypeError."""
-    try:
-        return standalone.parse_node_id(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="hostint-agent",
-        description="Report what this node does to watched packets, as INT telemetry reports.",
-    )
-    parser.add_argument("--version", action="version", version=f"hostint-agent {agent.VERSION}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    run = commands.add_parser("run", help="follow this node's IntNodeConfig (in a cluster)")
-    settings.add_agent_options(run, environment, settings.DEFAULT_HTTP)
-    run.add_argument(
-        "--kubeconfig", type=Path, help="default: the pod's own service account", metavar="FILE"
-    )
-
-    alone = commands.add_parser("standalone", help="the same objects from files, no Kubernetes")
-    settings.add_agent_options(alone, environment, settings.DEFAULT_STANDALONE_HTTP)
-    alone.add_argument(
-        "files", nargs="+", type=Path, metavar="FILE", help="YAML, read again on change"
-    )
-    alone.add_argument(
-        "--node-id",
-        type=_node_id,
-        metavar="ID",
-        help="node id of the reports, a number or IPv4 address (default: the node's first IPv4 address)",
-    )
-    alone.add_argument(
-        "--keep", action="store_true", help="leave the datapath loaded at the end (default: unload)"
-    )
-
-    checked = commands.add_parser("check", help="validate objects as the API server would")
-    checked.add_argument("files", nargs="+", type=Path, metavar="FILE")
-
-    examined = commands.add_parser("doctor", help="look at this node, and say what is wrong")
-    doctor.add_options(examined, environment)
-
-    told = commands.add_parser("status", help="print what the datapath of this node is like now")
-    status_command.add_options(told, environment)
-
-    for name, words in (
-        ("unload", "remove every program, map and link of ours, and nothing else"),
-        ("counters", "print the datapath's counters as JSON"),
-    ):
-        settings.add_options(commands.add_parser(name, help=words), environment)
-    return parser
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -296,6 +228,18 @@ def _check(options: argparse.Namespace) -> int:
     return check.run(options.files)
 
 
+def _doctor(options: argparse.Namespace) -> int:
+    from hostint_agent.doctor import command  # memory that no agent needs
+
+    return command.run(options)
+
+
+def _status(options: argparse.Namespace) -> int:
+    from hostint_agent.status import command  # memory that no agent needs
+
+    return command.run(options)
+
+
 def _unload(options: argparse.Namespace) -> int:
     if options.pin_dir.is_dir():
         with _alone(options.pin_dir):
@@ -312,7 +256,7 @@ def _counters(options: argparse.Namespace) -> int:
         opened = counters.Counters(maps)
     except bpf_calls.BpfError as error:
         raise StartError(f"no datapath is loaded at {options.pin_dir}: {error.strerror}") from error
-    pending = opened.pending()
+    pending = opened.slots().pending
     watchlists = {
         str(i): c | {"pending": pending.get(i, 0)}
         for i in range(1, 256)
@@ -331,8 +275,8 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": _run,
     "standalone": _standalone,
     "check": _check,
-    "doctor": doctor.run,
-    "status": status_command.run,
+    "doctor": _doctor,
+    "status": _status,
     "unload": _unload,
     "counters": _counters,
 }
@@ -346,7 +290,7 @@ def _innermost(error: BaseException) -> BaseException:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; exit status 0, 1 when it could not do its work, 2 for wrong usage."""
-    options = _parser(settings.environment()).parse_args(arguments)
+    options = command_line.parser(settings.environment()).parse_args(arguments)
     try:
         # before the event loop listens for it, SIGTERM ends us as Ctrl-C does: with what was loaded taken away again
         signal.signal(signal.SIGTERM, signal.default_int_handler)

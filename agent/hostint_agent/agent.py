@@ -124,7 +124,9 @@ class Agent:
     async def apply(self, wanted: Wanted) -> bool:
         """Make a configuration live, or keep the one that is and remember why. True if it went live."""
         try:
-            await asyncio.to_thread(self._commit, wanted)
+            # else it is what `start` began with
+            if wanted is not self._live:
+                await asyncio.to_thread(self._commit, wanted)
         except classifier.LimitExceeded as error:
             self._config_errors += 1
             self._refusal = f"TooManyRules: {error}"

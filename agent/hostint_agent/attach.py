@@ -17,7 +17,6 @@ from hostint_agent import bpf_calls, clsact, interfaces, kernel, local_addresses
 
 Mode = Literal["auto", "tcx", "clsact"]
 DROP_TRACEPOINT = "kfree_skb"
-_TCX_TYPE = {"ingress": bpf_calls.TCX_INGRESS, "egress": bpf_calls.TCX_EGRESS}
 _LINK_PIN = re.compile(r"tcx-(\d+)-(ingress|egress)")
 _MAX_PORT = 65535
 # nobody tells when a TCX list changes, so it is asked for, often enough to be first again within a second; with hundreds of
@@ -81,7 +80,7 @@ class TcxHooks:
         program, pin = self._programs[direction], self._pin(ifindex, direction)
         head = self._heads.get((ifindex, direction))
         if head is None:
-            head = bpf_calls.TcxHead(ifindex, _TCX_TYPE[direction])
+            head = bpf_calls.TcxHead(ifindex, bpf_calls.TCX_TYPE[direction])
         if head.program_id() == program.id and pin.exists():
             self._heads[ifindex, direction] = head
             return None
@@ -94,7 +93,7 @@ class TcxHooks:
                 return "another program"
             # the device is another one by now, or somebody put himself before us
             pin.unlink()
-        link = bpf_calls.tcx_link_create(program.fd, ifindex, _TCX_TYPE[direction])
+        link = bpf_calls.tcx_link_create(program.fd, ifindex, bpf_calls.TCX_TYPE[direction])
         try:
             bpf_calls.obj_pin(link, pin)
         finally:
@@ -253,7 +252,7 @@ class Attacher:
 
     def drop_recursion_misses(self) -> int:
         """Drops that the drop program did not see, since it ran already on that CPU."""
-        return bpf_calls.program_recursion_misses(self._programs["drop"].fd)
+        return bpf_calls.program_info(self._programs["drop"].fd).recursion_misses
 
     def start(self) -> None:
         """Attach now, then follow changes in the thread."""

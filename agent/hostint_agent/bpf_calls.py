@@ -35,6 +35,7 @@ LINK_UPDATE = 29
 
 TCX_INGRESS = 46
 TCX_EGRESS = 47
+TCX_TYPE = {"ingress": TCX_INGRESS, "egress": TCX_EGRESS}
 F_BEFORE = 8
 PERCPU_TYPES = frozenset({5, 6, 10, 21})
 _ARRAY, _ARRAY_OF_MAPS = 2, 12
@@ -107,21 +108,6 @@ def _info(fd: int, size: int) -> bytes:
     return buffer.raw
 
 
-def program_id(fd: int) -> int:
-    """Kernel id of a program."""
-    return int(struct.unpack_from("=II", _info(fd, 80))[1])
-
-
-def program_verified_instructions(fd: int) -> int:
-    """Instructions the verifier walked (struct bpf_prog_info.verified_insns)."""
-    return int(struct.unpack_from("=I", _info(fd, 232), 216)[0])
-
-
-def program_recursion_misses(fd: int) -> int:
-    """Runs the kernel left out because the program already ran on that CPU (struct bpf_prog_info.recursion_misses)."""
-    return int(struct.unpack_from("=Q", _info(fd, 232), 208)[0])
-
-
 @dataclasses.dataclass(frozen=True, slots=True)
 class ProgramInfo:
     """What the kernel tells of a loaded program (struct bpf_prog_info)."""
@@ -130,8 +116,8 @@ class ProgramInfo:
     loaded_ns: int  # of CLOCK_BOOTTIME
     runs: int  # and how long they took: 0 unless kernel.bpf_stats_enabled
     run_time_ns: int
-    recursion_misses: int
-    verified_instructions: int
+    recursion_misses: int  # runs left out because the program already ran on that CPU
+    verified_instructions: int  # that the verifier walked
 
 
 def program_info(fd: int) -> ProgramInfo:
@@ -140,6 +126,11 @@ def program_info(fd: int) -> ProgramInfo:
     run_time_ns, runs, misses, verified = struct.unpack_from("=QQQI", told, 192)
     prog_id, loaded_ns = struct.unpack_from("=I", told, 4)[0], struct.unpack_from("=Q", told, 40)[0]
     return ProgramInfo(prog_id, loaded_ns, runs, run_time_ns, misses, verified)
+
+
+def program_id(fd: int) -> int:
+    """Kernel id of a program."""
+    return program_info(fd).id
 
 
 def program_name(prog_id: int) -> str:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read the programs' counters, summed over CPUs, and check that they add up."""
 
+import collections
 import ctypes
 import struct
 from collections.abc import Iterable, Mapping
@@ -30,6 +31,9 @@ _DROP_OUTCOMES = (
     "drops_not_asked",
 )
 _MASK64 = (1 << 64) - 1
+_SLOT_WORDS = ctypes.sizeof(bpf_types.Slot) // 8
+# of a slot's owner, all but the address of the packet
+_STATE_AND_WATCHLIST = _MASK64 & ~bpf_types.OWNER_ADDRESS
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,14 @@ class Identity:
         c = self.counters
         dead = c["dropped"] + c["dropped_late"]
         return dead - sum(c[name] for name in _DROP_OUTCOMES)
+
+
+@dataclass(frozen=True, slots=True)
+class Slots:
+    """How many slots there are by state, and how many watched packets wait in one, by watchlist index."""
+
+    states: Mapping[str, int]
+    pending: Mapping[int, int]
 
 
 def _signed(value: int) -> int:
@@ -111,23 +123,24 @@ class Counters:
         totals = _sums(self._drops, self._carried_drops)
         return {names.get(i, f"reason {i}"): count for i, count in enumerate(totals) if count}
 
-    def pending(self) -> dict[int, int]:
-        """Watched packets that wait in a slot, by watchlist index."""
-        size = ctypes.sizeof(bpf_types.Slot)
-        data = self._slots.values(4096)
-        waiting: dict[int, int] = {}
-        for offset in range(0, len(data), size):
-            if not data[offset : offset + 8].strip(b"\0"):
-                continue
-            owner = struct.unpack_from("=Q", data, offset)[0]
-            watchlist = owner >> bpf_types.OWNER_WATCHLIST_SHIFT
-            if watchlist and owner & bpf_types.OWNER_STATE == bpf_types.SlotState.PENDING:
-                waiting[watchlist] = waiting.get(watchlist, 0) + 1
-        return waiting
+    def slots(self) -> Slots:
+        """All slots as they are now, one after the other. Raises bpf_calls.BpfError."""
+        words = memoryview(self._slots.values(4096)).cast("Q")
+        owners = words[::_SLOT_WORDS].tolist()
+        kinds = collections.Counter(owner & _STATE_AND_WATCHLIST for owner in owners)
+        states = {state.name.lower(): 0 for state in bpf_types.SlotState}
+        pending = {}
+        for kind, count in kinds.items():
+            state = bpf_types.SlotState(kind & bpf_types.OWNER_STATE)
+            watchlist = kind >> bpf_types.OWNER_WATCHLIST_SHIFT
+            states[state.name.lower()] += count
+            if watchlist and state == bpf_types.SlotState.PENDING:
+                pending[watchlist] = count
+        return Slots(states, pending)
 
     def identity(self, index: int) -> Identity:
         """The accounting identity of one watchlist."""
-        return Identity(self.watchlist(index), self.pending().get(index, 0))
+        return Identity(self.watchlist(index), self.slots().pending.get(index, 0))
 
 
 def _sums(*opened: bpf_calls.Map) -> list[int]:

@@ -17,6 +17,8 @@ from hostint_report import drop_reasons
 VMLINUX_BTF = Path("/sys/kernel/btf/vmlinux")
 REASON_PREFIX = "SKB_DROP_REASON_"
 _SO_NETNS_COOKIE = 71
+# the first interface of every network namespace
+_LOOPBACK = 1
 _BTF_MAGIC = 0xEB9F
 _BTF_KIND_STRUCT = 4
 _BTF_KIND_ENUM = 6
@@ -272,10 +274,15 @@ class Features:
     tcx: bool
 
 
+def ask_for_tcx() -> None:
+    """Ask for a TCX list, that of the loopback. Raises OSError: this kernel has no TCX, or we may not ask (EPERM)."""
+    bpf_calls.tcx_program_ids(_LOOPBACK, bpf_calls.TCX_INGRESS)
+
+
 def features() -> Features:
-    """Look at the kernel: BTF there, TCX there (a query of the loopback's TCX list answers)."""
+    """Look at the kernel: BTF there, TCX there."""
     try:
-        bpf_calls.tcx_program_ids(socket.if_nametoindex("lo"), bpf_calls.TCX_INGRESS)
+        ask_for_tcx()
         tcx = True
     except OSError:
         tcx = False

@@ -239,7 +239,8 @@ def load(pin_dir: Path, bpf_dir: Path | None = None) -> Path:
     return directory
 
 
-def _header_flags(bpf_dir: Path) -> list[str]:
+def header_flags(bpf_dir: Path) -> list[str]:
+    """Where the compiler looks for headers."""
     machine = platform.machine()
     return ["-I/usr/include", f"-I/usr/include/{machine}-linux-gnu", f"-I{bpf_dir}"]
 
@@ -290,7 +291,7 @@ class _Half:
         import bcc
 
         # no debug information: it is a fifth of the compiler's work, and bcc would not keep it
-        flags = [*source.defines, half.define, "-g0", "-Wno-everything", *_header_flags(bpf_dir)]
+        flags = [*source.defines, half.define, "-g0", "-Wno-everything", *header_flags(bpf_dir)]
         flags += [] if make_maps else ["-DMAPS_ARE_THERE"]
         self._bcc = bcc
         self._programs = half.programs

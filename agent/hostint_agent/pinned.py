@@ -2,11 +2,12 @@
 """What is pinned in a pin directory, and whether an agent works with it. Only looks; `loader` and `unload` pin and unpin."""
 
 import contextlib
+import ctypes
 import fcntl
 import os
 from pathlib import Path
 
-from hostint_agent import attach, bpf_calls, loader
+from hostint_agent import attach, bpf_calls, bpf_types, loader
 
 _LOCKS = Path("/proc/locks")
 
@@ -44,6 +45,13 @@ def program(build: Path, name: str) -> bpf_calls.ProgramInfo:
     """What the kernel tells of a pinned program. Raises bpf_calls.BpfError."""
     with bpf_calls.opened(build / "programs" / name) as fd:
         return bpf_calls.program_info(fd)
+
+
+def config(build: Path) -> bpf_types.Config:
+    """A copy of a build's settings. Raises bpf_calls.BpfError."""
+    data = bpf_calls.Map.open(build / "maps" / "config").lookup(bytes(4))
+    # another version's may be shorter
+    return bpf_types.Config.from_buffer_copy(data.ljust(ctypes.sizeof(bpf_types.Config), b"\0"))
 
 
 def agent(pin_dir: Path) -> tuple[bool, int | None]:

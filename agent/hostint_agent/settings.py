@@ -4,10 +4,10 @@
 import argparse
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 from hostint_agent import attach, interfaces, loader
 
@@ -16,6 +16,8 @@ DEFAULT_STATE_DIR = "/var/lib/hostint"
 DEFAULT_HTTP = "0.0.0.0:9464"
 DEFAULT_STANDALONE_HTTP = "127.0.0.1:9464"
 LogFormat = Literal["auto", "json", "console"]
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +46,16 @@ def parse_listen(text: str) -> tuple[str, int] | None:
     return host.strip("[]") or "0.0.0.0", int(port)  # noqa: S104 (what an empty host means everywhere)
 
 
-def _listen(text: str) -> tuple[str, int] | None:
-    try:
-        return parse_listen(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+def as_argument(parse: Callable[[str], _T]) -> Callable[[str], _T]:
+    """What argparse may call for `type`: it tells the words of an ArgumentTypeError, and not those of a ValueError."""
+
+    def parsed(text: str) -> _T:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parsed
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -107,7 +114,7 @@ def add_agent_options(
     add_state_options(parser, environment)
     parser.add_argument(
         "--http",
-        type=_listen,
+        type=as_argument(parse_listen),
         default=environment.get("HOSTINT_HTTP", http),
         metavar="HOST:PORT|none",
         help=f"metrics, health and topology (env HOSTINT_HTTP; default: {http})",
@@ -148,3 +155,8 @@ def from_options(options: argparse.Namespace) -> Settings:
 def environment() -> Mapping[str, str]:
     """The process's environment."""
     return os.environ
+
+
+def wants_colours(is_terminal: bool, environment: Mapping[str, str]) -> bool:
+    """Only on a terminal, and not with NO_COLOR (no-color.org: set, and not empty)."""
+    return is_terminal and not environment.get("NO_COLOR")

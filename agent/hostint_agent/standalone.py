@@ -144,7 +144,7 @@ def _stamps(paths: Sequence[Path]) -> list[tuple[int, int, int] | None]:
 
 
 async def follow(
-    paths: Sequence[Path], node_id: int, apply: Callable[[NodeConfigSpec], None]
+    paths: Sequence[Path], node_id: int, apply: Callable[[NodeConfigSpec], object]
 ) -> None:
     """Hand over a new configuration whenever the files make one. Bad files are told, and what is live stays."""
     before = _stamps(paths)

@@ -40,10 +40,13 @@ def chosen(pin_dir: Path, state_dir: Path) -> settings.Settings:
 
 
 def with_agent(
-    pin_dir: Path, state_dir: Path, scenario: Callable[[agent.Agent], Awaitable[None]]
+    pin_dir: Path,
+    state_dir: Path,
+    scenario: Callable[[agent.Agent], Awaitable[None]],
+    first: agent.Wanted | None = None,
 ) -> None:
     async def whole() -> None:
-        process = agent.Agent(chosen(pin_dir, state_dir))
+        process = agent.Agent(chosen(pin_dir, state_dir), first)
         await asyncio.to_thread(process.start)
         try:
             await scenario(process)
@@ -124,6 +127,31 @@ def test_the_last_good_configuration_is_live_after_a_restart(pin_dir, tmp_path):
 
     with_agent(pin_dir, tmp_path, first)
     with_agent(pin_dir, tmp_path, second)
+
+
+def test_what_it_began_with_is_answered_and_not_written_again(pin_dir, tmp_path):
+    first = agent.Wanted(spec(), 1)
+
+    async def scenario(process: agent.Agent) -> None:
+        before = process._tables.generation
+        assert process.status() is None
+        assert await process.apply(first)
+        assert process.status().observed_generation == 1
+        assert process._tables.generation == before
+        assert await process.apply(agent.Wanted(spec(), 2))
+        assert process._tables.generation == before + 1
+
+    with_agent(pin_dir, tmp_path, scenario, first)
+
+
+def test_what_it_could_not_begin_with_is_refused_when_it_is_applied(pin_dir, tmp_path):
+    first = agent.Wanted(spec(rules=too_many()), 1)
+
+    async def scenario(process: agent.Agent) -> None:
+        assert not await process.apply(first)
+        assert process.status().watchlists[0].reason == "TooManyRules"
+
+    with_agent(pin_dir, tmp_path, scenario, first)
 
 
 def test_a_place_keeps_its_name_over_a_restart(pin_dir, tmp_path):

@@ -12,23 +12,9 @@ from concurrent import futures
 
 import pytest
 
-from hostint_agent import bpf_types, counters, metrics
 from hostint_agent import http as server
-
-SNAPSHOT = metrics.Snapshot(
-    version="9.9",
-    watchlists={"shop": dict.fromkeys(counters.WATCHLIST_FIELDS, 3)},
-    datapath={counter.name.lower(): 1 for counter in bpf_types.DatapathCounter},
-    drops={"NETFILTER_DROP": 5},
-    drop_recursion_misses=0,
-    exported={"default": (10, 2)},
-    rings=[0, 4],
-    attached=2,
-    not_attached=1,
-    rules=6,
-    generation=3,
-    config_errors=0,
-)
+from hostint_agent import metrics
+from tests.agent.snapshots import DATAPATH, NOW, WATCHLIST
 
 
 @contextlib.contextmanager
@@ -39,7 +25,7 @@ def serving(host: str = "127.0.0.1", **pages: Callable[[], object]) -> Iterator[
         free.bind((host, 0))
         port = free.getsockname()[1]
     said = {
-        "metrics": lambda: metrics.families(SNAPSHOT),
+        "metrics": lambda: metrics.families(NOW),
         "not_alive": lambda: None,
         "not_ready": lambda: None,
         "topology": lambda: {"links": []},
@@ -62,19 +48,19 @@ def test_metrics_have_a_value_and_help_for_every_counter():
         status, kind, text = get(address, "/metrics?name[]=any")
     assert status == 200
     assert kind.startswith("text/plain; version=")
-    for field in counters.WATCHLIST_FIELDS:
-        assert f'hostint_{field}_total{{watchlist="shop"}} 3.0' in text
+    for field, count in WATCHLIST.items():
+        assert f'hostint_{field}_total{{watchlist="web"}} {count}.0\n' in text
         assert f"# HELP hostint_{field}_total " in text
-    for counter in bpf_types.DatapathCounter:
-        assert f"hostint_{counter.name.lower()}_total 1.0" in text
+    for counter, count in DATAPATH.items():
+        assert f"hostint_{counter}_total {count}.0\n" in text
     for line in (
-        'hostint_drops_by_reason_total{reason="NETFILTER_DROP"} 5.0',
-        'hostint_reports_sent_total{collector="default"} 10.0',
-        'hostint_reports_failed_total{collector="default"} 2.0',
-        'hostint_ring_records{ring="1"} 4.0',
-        "hostint_interfaces_attached 2.0",
-        "hostint_interfaces_failed 1.0",
-        'hostint_build_info{version="9.9"} 1.0',
+        'hostint_drops_by_reason_total{reason="NO_SOCKET"} 3000.0',
+        'hostint_reports_sent_total{collector="default"} 3002.0',
+        'hostint_reports_failed_total{collector="default"} 3003.0',
+        'hostint_ring_records{ring="1"} 3005.0',
+        "hostint_interfaces_attached 3006.0",
+        "hostint_interfaces_failed 3007.0",
+        'hostint_build_info{version="1.2.3"} 1.0',
     ):
         assert line in text
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from hostint_agent import __main__ as command
-from hostint_agent import loader
+from hostint_agent import bpf_calls, loader
 from tests.agent.test_standalone import COLLECTOR, files, watchlist
 
 COMMAND = [sys.executable, "-m", "hostint_agent"]
@@ -83,11 +83,26 @@ def test_no_command_is_wrong_usage():
     assert "usage: hostint-agent" in ended.stderr
 
 
-@pytest.mark.parametrize("command", ["run", "standalone", "check", "status", "unload", "counters"])
+@pytest.mark.parametrize(
+    "command", ["run", "standalone", "check", "doctor", "status", "unload", "counters"]
+)
 def test_every_command_has_help(command):
     ended = run(command, "--help")
     assert ended.returncode == 0
     assert ended.stdout.startswith(f"usage: hostint-agent {command}")
+
+
+def test_an_agent_does_not_pay_for_doctor_and_status_with_its_memory():
+    code = (
+        "import sys; from hostint_agent import __main__ as command, cluster;"
+        "command._COMMANDS['run'] = lambda options: print(*sys.modules);"
+        "command.main(['run'])"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = ended.stdout.split()
+    assert {"hostint_agent.cluster", "hostint_agent.attach"} <= set(loaded)
+    beyond = ("hostint_agent.doctor", "hostint_agent.status", "hostint_agent.pinned")
+    assert [name for name in loaded if name.startswith(beyond)] == []
 
 
 @pytest.mark.parametrize(
@@ -146,6 +161,13 @@ def test_standalone_ends_within_two_seconds_and_leaves_nothing(tmp_path, pin_dir
         assert status == 0, agent.log.read_text()
         assert seconds < 2
         assert not pin_dir.exists()
+
+
+@pytest.mark.bpf
+def test_standalone_makes_its_first_rules_live_once(tmp_path, pin_dir):
+    with running(tmp_path, pin_dir, "--http", "none"):
+        word = bpf_calls.Map.open(loader.current(pin_dir) / "maps" / "classifier_generation")
+        assert word.lookup(bytes(4)) == (1).to_bytes(8, sys.byteorder)
 
 
 @pytest.mark.bpf

@@ -7,24 +7,9 @@ import re
 import pytest
 from prometheus_client import core
 
-from hostint_agent import bpf_types, counters, loader, metrics
+from hostint_agent import bpf_types, loader, metrics
+from tests.agent.snapshots import DATAPATH, NOW, WATCHLIST
 
-WATCHLIST = {name: 1000 + i for i, name in enumerate(counters.WATCHLIST_FIELDS)}
-DATAPATH = {c.name.lower(): 2000 + c for c in bpf_types.DatapathCounter}
-NOW = metrics.Snapshot(
-    version="1.2.3",
-    watchlists={"web": WATCHLIST},
-    datapath=DATAPATH,
-    drops={"NO_SOCKET": 3000},
-    drop_recursion_misses=3001,
-    exported={"default": (3002, 3003)},
-    rings=[3004, 3005],
-    attached=3006,
-    not_attached=3007,
-    rules=3008,
-    generation=3009,
-    config_errors=3010,
-)
 FAMILIES = {family.name: family for family in metrics.families(NOW)}
 
 

@@ -51,6 +51,10 @@ def steer(stage: Stage, interface: str, cpu: int) -> None:
     stage.host.run("unshare", "--mount", "sh", "-c", script)
 
 
+def misses(fd: int) -> int:
+    return bpf_calls.program_info(fd).recursion_misses
+
+
 def told_by_bpftool(fd: int) -> int:
     """The same by another reader of the same struct."""
     shown = subprocess.run(
@@ -76,11 +80,11 @@ def test_a_death_within_the_drop_program_is_missed_but_not_lost_silently(stage, 
             delivery.wasting(client, stage.far.address, cpu=FIRST_CPU),
         ):
             deadline = time.monotonic() + 60
-            while not bpf_calls.program_recursion_misses(fd) or not missed(stage):
+            while not misses(fd) or not missed(stage):
                 assert time.monotonic() < deadline, "the program was never interrupted by itself"
                 time.sleep(0.1)
-        before = bpf_calls.program_recursion_misses(fd)
-        assert before <= told_by_bpftool(fd) <= bpf_calls.program_recursion_misses(fd)
+        before = misses(fd)
+        assert before <= told_by_bpftool(fd) <= misses(fd)
     finally:
         os.close(fd)
     identity = settled(stage)
@@ -108,6 +112,6 @@ def settled(stage: Stage) -> datapaths.counters.Identity:
 def test_a_program_that_nobody_interrupts_misses_nothing():
     fd = deaths.shooting_program()
     try:
-        assert bpf_calls.program_recursion_misses(fd) == told_by_bpftool(fd) == 0
+        assert misses(fd) == told_by_bpftool(fd) == 0
     finally:
         os.close(fd)

@@ -686,7 +686,7 @@ def test_the_metric_of_missed_drops_is_what_the_kernel_counts(scene, agent):
             for each in agent.get("/metrics").splitlines()
             if each.startswith("hostint_drop_recursion_misses_total ")
         ]
-        assert float(line.split()[1]) == bpf_calls.program_recursion_misses(fd)
+        assert float(line.split()[1]) == bpf_calls.program_info(fd).recursion_misses
     finally:
         os.close(fd)
     assert look(agent).programs["drop"].recursion_misses == float(line.split()[1])

@@ -5,46 +5,14 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from hostint_agent import settings
+from hostint_agent.doctor import examination
 from hostint_agent.doctor.finding import Finding
-from hostint_agent.node_rules import Destination
 
 _COLOURS = {"ok": "32", "warning": "33", "failure": "31"}
 _WIDTH = max(map(len, _COLOURS))
-
-
-def add_options(parser: argparse.ArgumentParser, environment: Mapping[str, str]) -> None:
-    """Options of `doctor`: those of the agent, which say what to look at, and its own."""
-    settings.add_agent_options(parser, environment, settings.DEFAULT_HTTP)
-    parser.add_argument(
-        "--collector",
-        type=_destination,
-        action="append",
-        default=[],
-        dest="collectors",
-        metavar="HOST:PORT",
-        help="look at this collector, and not at those of the last configuration; may be given more than once",
-    )
-    parser.add_argument("--json", action="store_true", help="print an array of objects")
-
-
-def parse_collector(text: str) -> Destination:
-    """HOST:PORT, an IPv6 address in brackets. Raises ValueError."""
-    host, separator, port = text.rpartition(":")
-    if not separator or not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
-        raise ValueError(f"'{text}' is not HOST:PORT, with a port of 1..65535")
-    if ":" in host and not (host.startswith("[") and host.endswith("]")):
-        raise ValueError(f"'{text}' is not HOST:PORT: an IPv6 address is written in brackets")
-    return Destination(text, host.strip("[]"), int(port), 0)
-
-
-def _destination(text: str) -> Destination:
-    try:
-        return parse_collector(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def as_text(findings: Sequence[Finding], *, colours: bool) -> str:
@@ -75,20 +43,13 @@ def as_json(findings: Sequence[Finding]) -> str:
     return json.dumps([dataclasses.asdict(each) for each in findings], indent=2)
 
 
-def wants_colours(is_terminal: bool, environment: Mapping[str, str]) -> bool:
-    """Only on a terminal, and not with NO_COLOR (no-color.org: set, and not empty)."""
-    return is_terminal and not environment.get("NO_COLOR")
-
-
 def run(options: argparse.Namespace) -> int:
     """Examine the node and print what was found; 0: nothing failed, 1: something did."""
-    from hostint_agent.doctor import examination  # memory that no agent needs
-
     findings = list(examination.examine(settings.from_options(options), options.collectors))
     if options.json:
         text = as_json(findings)
     else:
-        colours = wants_colours(sys.stdout.isatty(), settings.environment())
+        colours = settings.wants_colours(sys.stdout.isatty(), settings.environment())
         text = as_text(findings, colours=colours)
     print(text)  # noqa: T201
     return 1 if any(each.result == "failure" for each in findings) else 0

@@ -6,11 +6,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hostint_agent import bpf_calls, bpf_types, clsact, interfaces, kernel, loader, netlink, pinned
+from hostint_agent import (
+    clsact,
+    hook_programs,
+    interfaces,
+    kernel,
+    loader,
+    netlink,
+    pinned,
+)
 from hostint_agent.doctor import finding
 from hostint_agent.doctor.finding import Finding
 
-_TCX_TYPE = {"ingress": bpf_calls.TCX_INGRESS, "egress": bpf_calls.TCX_EGRESS}
 # of hundreds of interfaces that are as they should be
 _MOST_NAMES = 10
 # of the tables in net/core that the kernel has for its first network namespace alone
@@ -38,15 +45,10 @@ class Hook:
 
 def _opened(directory: Path, *, same_maps: bool) -> Loaded:
     """Look at a build; `same_maps`: its map `config` is like ours. Raises bpf_calls.BpfError."""
-    ids = {}
-    for name in loader.PROGRAMS:
-        with bpf_calls.opened(directory / "programs" / name) as fd:
-            ids[name] = bpf_calls.program_id(fd)
+    ids = {name: pinned.program(directory, name).id for name in loader.PROGRAMS}
     if not same_maps:
         return Loaded(directory, ids, enabled=True, held=False, netns_cookie=0)
-    config_map = bpf_calls.Map.open(directory / "maps" / "config")
-    config = bpf_types.Config.from_buffer_copy(config_map.lookup(bytes(4)))
-    config_map.close()
+    config = pinned.config(directory)
     return Loaded(directory, ids, bool(config.enabled), bool(config.hold), config.netns_cookie)
 
 
@@ -145,24 +147,8 @@ def _interface(route: netlink.Socket, interface: interfaces.Interface, loaded: L
 
 
 def _hook(route: netlink.Socket, ifindex: int, direction: clsact.Direction) -> Hook:
-    """TCX programs run before filters of clsact, also where one of these has preference 1."""
-    try:
-        listed = bpf_calls.tcx_program_ids(ifindex, _TCX_TYPE[direction])
-    except bpf_calls.BpfError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        listed = []  # a kernel without TCX
-    filters = clsact.filters(route, ifindex, direction)
-    runs = [(program, _name(program)) for program in listed]
-    return Hook(direction, [*runs, *((each.program, each.name) for each in filters)])
-
-
-def _name(program: int) -> str:
-    """A program's name, if we may know it: for that CAP_BPF is not enough."""
-    try:
-        return bpf_calls.program_name(program)
-    except OSError:
-        return ""
+    running = hook_programs.listed(route, ifindex, direction)
+    return Hook(direction, [(each.program, each.name) for each in running])
 
 
 def order(name: str, hooks: Sequence[Hook], programs: Mapping[str, int]) -> Finding:

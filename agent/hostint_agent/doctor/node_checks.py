@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks of `hostint-agent doctor` that concern the kernel, the process's rights and the machine. Each returns what it found."""
 
-import ctypes
 import errno
 import os
-import platform
 import re
 import struct
 import subprocess
@@ -12,7 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from hostint_agent import attach, bpf_calls, kernel, loader
+from hostint_agent import attach, bpf_calls, bpf_filesystem, kernel, loader
 from hostint_agent.doctor import finding, probes
 from hostint_agent.doctor.finding import Finding
 
@@ -23,9 +21,6 @@ _CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_PERFMON": 38, "CAP_BPF": 39}
 _SYS_ADMIN, _PART_OF_SYS_ADMIN = 21, frozenset({"CAP_PERFMON", "CAP_BPF"})
 # PROC_USER_INIT_INO of linux/proc_ns.h: where bpf(2) looks for capabilities
 _INITIAL_USER_NAMESPACE = 0xEFFFFFFD
-_BPF_FS_MAGIC = 0xCAFE4A11
-_BPF_MOUNT_POINT = Path("/sys/fs/bpf")
-_LIBC = ctypes.CDLL(None, use_errno=True)
 _INCLUDE = re.compile(r"^\s*#\s*include\s+<.*>", re.MULTILINE)
 _COMPILE = (
     "import sys, bcc; bcc.BPF(text=sys.stdin.read(), cflags=sys.argv[1:]); print(bcc.__version__)"
@@ -120,11 +115,10 @@ def drop_tracepoint() -> Finding:
     return finding.ok(check, f"raw tracepoint {name} is there and carries a reason")
 
 
-def tcx(mode: attach.Mode, query: Callable[[int, int], object] | None = None) -> Finding:
+def tcx(mode: attach.Mode) -> Finding:
     """How programs are attached here: by TCX, or by clsact where the kernel has none."""
     try:
-        # the loopback is the first interface of every network namespace
-        (query or bpf_calls.tcx_program_ids)(1, bpf_calls.TCX_INGRESS)
+        kernel.ask_for_tcx()
     except OSError as error:
         if error.errno == errno.EPERM:
             return finding.failure("tcx", _told(error), finding.RIGHTS)
@@ -154,18 +148,18 @@ def shared_memory(probe: Callable[[], None] = probes.shared_memory) -> Finding:
 def bpffs(pin_dir: Path) -> Finding:
     """The pin directory is, or would be made, in a bpffs that can be written."""
     try:
-        base = _existing(pin_dir.absolute())
-        is_bpffs = _filesystem(base) == _BPF_FS_MAGIC
+        base = bpf_filesystem.existing(pin_dir.absolute())
+        is_bpffs = bpf_filesystem.holds(base)
     except OSError as error:
         return finding.failure("bpffs", f"{pin_dir}: {error.strerror}", finding.RIGHTS)
-    if not is_bpffs and _BPF_MOUNT_POINT in (pin_dir, *pin_dir.parents):
+    if not is_bpffs and bpf_filesystem.MOUNT_POINT in (pin_dir, *pin_dir.parents):
         return finding.failure(
             "bpffs",
-            f"no bpffs is mounted at {_BPF_MOUNT_POINT}",
-            f"mount -t bpf bpf {_BPF_MOUNT_POINT}; in a container, mount the host's {_BPF_MOUNT_POINT}",
+            f"no bpffs is mounted at {bpf_filesystem.MOUNT_POINT}",
+            f"mount -t bpf bpf {bpf_filesystem.MOUNT_POINT}; in a container, mount the host's {bpf_filesystem.MOUNT_POINT}",
         )
     if not is_bpffs:
-        remedy = f"choose a --pin-dir below {_BPF_MOUNT_POINT}"
+        remedy = f"choose a --pin-dir below {bpf_filesystem.MOUNT_POINT}"
         return finding.failure("bpffs", f"{pin_dir} is not in a bpffs", remedy)
     if not os.access(base, os.W_OK | os.X_OK, effective_ids=True):
         remedy = "run doctor as root; in a container, mount it writable"
@@ -201,11 +195,6 @@ def own_capabilities() -> Finding:
     return capabilities(status, Path("/proc/self/ns/user").stat().st_ino)
 
 
-def header_flags(bpf_dir: Path) -> list[str]:
-    """Where the loader has the compiler look for headers."""
-    return ["-I/usr/include", f"-I/usr/include/{platform.machine()}-linux-gnu", f"-I{bpf_dir}"]
-
-
 def compiler(bpf_dir: Path) -> Finding:
     """bcc compiles all headers that the sources include, in a child process: this one never maps LLVM."""
     headers = bpf_dir / "headers"
@@ -219,7 +208,7 @@ def compiler(bpf_dir: Path) -> Finding:
         return finding.failure("compiler", f"bpf sources: {headers} is missing", choose)
     try:
         child = subprocess.run(  # noqa: S603 (our own program)
-            [sys.executable, "-c", _COMPILE, *header_flags(bpf_dir)],
+            [sys.executable, "-c", _COMPILE, *loader.header_flags(bpf_dir)],
             input=text + "\n",
             capture_output=True,
             text=True,
@@ -256,23 +245,3 @@ def grace_period() -> Finding:
 
 def _told(error: OSError) -> str:
     return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
-
-
-def _existing(path: Path) -> Path:
-    """The deepest directory of the path that exists. Raises OSError where that may not be looked at."""
-    while True:
-        try:
-            path.stat()
-        except FileNotFoundError:
-            path = path.parent
-        else:
-            return path
-
-
-def _filesystem(path: Path) -> int:
-    """Which filesystem it is on: f_type of statfs(2), its first word. Raises OSError."""
-    buffer = ctypes.create_string_buffer(256)
-    if _LIBC.statfs(os.fsencode(path), buffer) < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code), str(path))
-    return int(struct.unpack_from("=Q", buffer)[0])

@@ -2,13 +2,11 @@
 """`hostint-agent status`: gather and print, once or again and again."""
 
 import argparse
-import contextlib
 import dataclasses
 import errno
 import json
 import sys
 import time
-from collections.abc import Mapping
 
 from hostint_agent import settings
 from hostint_agent.status import look, text
@@ -17,32 +15,6 @@ _NEEDS = "status needs CAP_BPF and CAP_NET_ADMIN: run it as root, or in the agen
 _CLEAR = "\x1b[H\x1b[2J"
 # between two looks that take no time themselves
 _PAUSE_S = 1.0
-_MOST_S = 3600
-
-
-def add_options(parser: argparse.ArgumentParser, environment: Mapping[str, str]) -> None:
-    """Its options: where to look, and how to tell."""
-    settings.add_options(parser, environment)
-    settings.add_state_options(parser, environment)
-    parser.add_argument(
-        "--interval",
-        type=_seconds,
-        default=1.0,
-        metavar="SECONDS",
-        help="how long to count, to tell rates; 0: tell none (default: 1)",
-    )
-    parser.add_argument("--watch", action="store_true", help="tell again and again, until Ctrl-C")
-    parser.add_argument(
-        "--json", action="store_true", help="one JSON object; with --watch one a line"
-    )
-
-
-def _seconds(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        seconds = float(text)
-        if 0 <= seconds <= _MOST_S:
-            return seconds
-    raise argparse.ArgumentTypeError(f"'{text}' is not 0..{_MOST_S} seconds")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -78,7 +50,7 @@ def _look_again(where: look.Where, options: argparse.Namespace) -> str:
 def _text(told: look.Status, options: argparse.Namespace) -> str:
     if options.json:
         return json.dumps(dataclasses.asdict(told), indent=None if options.watch else 2)
-    colours = sys.stdout.isatty() and not settings.environment().get("NO_COLOR")
+    colours = settings.wants_colours(sys.stdout.isatty(), settings.environment())
     return text.render(told, colours=colours)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who runs on the TC hooks of the watched interfaces, and in which order: the TCX list, then the filters of clsact. Only looks."""
+"""How our programs stand on the TC hooks of the watched interfaces: who runs before them, and who behind. Only looks."""
 
 import contextlib
 import errno
@@ -8,11 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from hostint_agent import bpf_calls, clsact, interfaces, netlink
-
-_TCX_TYPE = {"ingress": bpf_calls.TCX_INGRESS, "egress": bpf_calls.TCX_EGRESS}
-# nothing attached, a device that is gone, a kernel without TCX
-_NONE_THERE = (errno.ENOENT, errno.ENODEV, errno.EINVAL)
+from hostint_agent import bpf_calls, clsact, hook_programs, interfaces, netlink
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +31,6 @@ class Interface:
     kind: interfaces.Kind
     port: int
     hooks: tuple[Hook, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Runner:
-    method: str
-    is_ours: bool
-    label: str
 
 
 def read(maps: Path, ours: Mapping[str, int]) -> tuple[Interface, ...]:
@@ -77,31 +66,21 @@ def _ports(opened: bpf_calls.Map) -> dict[int, int]:
 
 
 def _hook(route: netlink.Socket, ifindex: int, direction: clsact.Direction, ours: int) -> Hook:
-    order = _tcx(ifindex, direction, ours)
-    for one in clsact.filters(route, ifindex, direction):
-        label = f"{one.name} [tc pref {one.preference}]"
-        order.append(_Runner("clsact", one.is_ours and one.program == ours, label))
-    labels = tuple(runner.label for runner in order)
-    for index, runner in enumerate(order):
-        if runner.is_ours:
+    try:
+        running = hook_programs.listed(route, ifindex, direction)
+    except OSError as error:
+        if error.errno != errno.ENODEV:
+            raise
+        running = []  # the device has gone meanwhile
+    labels = tuple(map(_label, running))
+    for index, each in enumerate(running):
+        if each.program == ours and (each.filter is None or each.filter.is_ours):
             before, after = labels[:index], labels[index + 1 :]
-            return Hook(direction, runner.method, index + 1, before, after)
+            return Hook(direction, each.method, index + 1, before, after)
     return Hook(direction, None, 0, (), labels)
 
 
-def _tcx(ifindex: int, direction: clsact.Direction, ours: int) -> list[_Runner]:
-    try:
-        ids = bpf_calls.tcx_program_ids(ifindex, _TCX_TYPE[direction])
-    except OSError as error:
-        if error.errno in _NONE_THERE:
-            return []
-        raise
-    return [_Runner("tcx", program == ours, f"{_name(program)} [{program}]") for program in ids]
-
-
-def _name(program: int) -> str:
-    try:
-        return bpf_calls.program_name(program)
-    except OSError:
-        # a kernel gives only CAP_SYS_ADMIN a look at programs of others; or it has gone meanwhile
-        return "program"
+def _label(each: hook_programs.Running) -> str:
+    if each.filter:
+        return f"{each.name} [tc pref {each.filter.preference}]"
+    return f"{each.name or 'program'} [{each.program}]"

@@ -155,7 +155,7 @@ class _Look:
         before = self._tally() if interval_s else None
         time.sleep(interval_s)
         now = self._tally()
-        config, slots = map_contents.config(self._maps), map_contents.slots(self._maps)
+        config, slots = pinned.config(self._build), self._counters.slots()
         running, pid = pinned.agent(self._where.pin_dir)
         programs = {name: pinned.program(self._build, name) for name in loader.PROGRAMS}
         own_namespace = config.netns_cookie in (0, kernel.netns_cookie())
@@ -204,7 +204,7 @@ class _Look:
             recursion_misses=pinned.program(self._build, "drop").recursion_misses,
         )
 
-    def _watchlists(self, now: tallies.Tally, slots: map_contents.Slots) -> Iterator[Watchlist]:
+    def _watchlists(self, now: tallies.Tally, slots: counters.Slots) -> Iterator[Watchlist]:
         for place, name in self._watchlist_names.items():
             policy = self._live.policies.get(place)
             yield Watchlist(

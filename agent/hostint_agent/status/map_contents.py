@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is in the maps of a loaded datapath, read for people: the live side of the tables, the flows, the slots by state."""
+"""What is in the maps of a loaded datapath, read for people: the live side of the tables, and the flows."""
 
 import collections
 import ctypes
@@ -11,7 +11,6 @@ from typing import TypeVar
 
 from hostint_agent import bpf_calls, bpf_types
 
-_SLOT_WORDS = ctypes.sizeof(bpf_types.Slot) // 8
 _FLOW_WORDS = ctypes.sizeof(bpf_types.Flow) // 8
 
 T = TypeVar("T", bound=ctypes.Structure)
@@ -25,14 +24,6 @@ class Live:
     policies: Mapping[int, bpf_types.Policy]
     collectors: Mapping[int, bpf_types.Collector]
     rules: Mapping[int, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Slots:
-    """How many slots there are by state, and how many watched packets wait in one, by place of their watchlist."""
-
-    states: Mapping[str, int]
-    pending: Mapping[int, int]
 
 
 def live(maps: Path) -> Live:
@@ -67,25 +58,3 @@ def flows(maps: Path) -> int:
     """Flows, and flows with a drop, that the table remembers. Raises bpf_calls.BpfError."""
     words = memoryview(bpf_calls.Map.open(maps / "flows").values()).cast("Q")
     return sum(map(bool, words[::_FLOW_WORDS].tolist()))
-
-
-def slots(maps: Path) -> Slots:
-    """All slots as they are now, one after the other. Raises bpf_calls.BpfError."""
-    words = memoryview(bpf_calls.Map.open(maps / "slots").values(4096)).cast("Q")
-    kinds = collections.Counter(
-        (owner & bpf_types.OWNER_STATE, owner >> bpf_types.OWNER_WATCHLIST_SHIFT)
-        for owner in words[::_SLOT_WORDS].tolist()
-    )
-    states = {state.name.lower(): 0 for state in bpf_types.SlotState}
-    for (state, _), count in kinds.items():
-        states[bpf_types.SlotState(state).name.lower()] += count
-    waiting = bpf_types.SlotState.PENDING
-    pending = {place: n for (state, place), n in kinds.items() if state == waiting and place}
-    return Slots(states, pending)
-
-
-def config(maps: Path) -> bpf_types.Config:
-    """A copy of the settings. Raises bpf_calls.BpfError."""
-    data = bpf_calls.Map.open(maps / "config").lookup(bytes(4))
-    # another version's may be shorter
-    return bpf_types.Config.from_buffer_copy(data.ljust(ctypes.sizeof(bpf_types.Config), b"\0"))

@@ -204,7 +204,7 @@ class Stage:
                 return counted | {"pending": self._pending}
 
     def _identities(self) -> tuple[counters.Identity, counters.Identity]:
-        ours, pending = self._datapath.counters, self._datapath.counters.pending()
+        ours, pending = self._datapath.counters, self._datapath.counters.slots().pending
         wanted, background = (
             counters.Identity(ours.watchlist(number), pending.get(number, 0))
             for number in (self._wanted, self._background)
