@@ -359,3 +359,9 @@ class Map:
         """Map an mmapable array into this process, read and write; elements are `stride` bytes apart."""
         pages = -(-self.stride * self.max_entries // mmap.PAGESIZE)
         return mmap.mmap(self.fd, pages * mmap.PAGESIZE)
+
+
+def make_array(value_bytes: int, entries: int = 1) -> Map:
+    """An array that no program knows, all zero. Raises BpfError."""
+    attr = struct.pack("=IIIII", _ARRAY, 4, value_bytes, entries, 0)
+    return Map(bpf(MAP_CREATE, attr, "make a map"))

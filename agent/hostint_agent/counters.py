@@ -4,7 +4,7 @@
 import collections
 import ctypes
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,11 @@ _DROP_OUTCOMES = (
     "drops_rate_limited",
     "drops_ring_full",
     "drops_not_asked",
+)
+_CARRIED = (
+    "carried_watchlist_counters",
+    "carried_datapath_counters",
+    "carried_drop_counters",
 )
 _MASK64 = (1 << 64) - 1
 _SLOT_WORDS = ctypes.sizeof(bpf_types.Slot) // 8
@@ -86,9 +91,9 @@ class Counters:
         self._datapath = bpf_calls.Map.open(maps / "datapath_counters")
         self._drops = bpf_calls.Map.open(maps / "drop_counters")
         self._slots = bpf_calls.Map.open(maps / "slots")
-        self._carried = bpf_calls.Map.open(maps / "carried_watchlist_counters")
-        self._carried_datapath = bpf_calls.Map.open(maps / "carried_datapath_counters")
-        self._carried_drops = bpf_calls.Map.open(maps / "carried_drop_counters")
+        self._carried, self._carried_datapath, self._carried_drops = (
+            bpf_calls.Map.open(maps / name) for name in _CARRIED
+        )
 
     def watchlist(self, index: int) -> dict[str, int]:
         """All counters of one watchlist, summed over CPUs and kinds of programs, those of replaced datapaths included."""
@@ -153,24 +158,35 @@ def _sums(*opened: bpf_calls.Map) -> list[int]:
     return totals
 
 
-def take_over(old_maps: Path, maps: Path) -> None:
-    """Move what the programs of another build have counted to this one's carried counters, once they run no more.
+def with_those_of(
+    old_maps: Path, maps: Path, without: Collection[int] = ()
+) -> dict[str, list[bytes]]:
+    """Elements of this build's carried maps once they hold as well what the programs of another build have counted, by map.
 
-    Packets that were waiting for their outcome then will not get one from anybody: they are unresolved. Raises bpf_calls.BpfError.
+    For when these run no more: packets that were waiting for their outcome then will not get one from anybody, and are unresolved.
+    `without`: places of watchlists that are others in that build. Raises bpf_calls.BpfError.
     """
-    carried = bpf_calls.Map.open(maps / "carried_watchlist_counters")
-    for index, counts in sorted(_totals(old_maps).items()):
-        outcomes = sum(counts[name] for name in _OUTCOMES)
-        counts["unresolved"] += counts["watched"] - outcomes
-        key = struct.pack("=I", index)
-        before = struct.unpack(f"={len(WATCHLIST_FIELDS)}Q", carried.lookup(key))
-        fields = zip(before, (counts[name] for name in WATCHLIST_FIELDS), strict=True)
-        after = [(was + more) & _MASK64 for was, more in fields]
-        carried.update(key, struct.pack(f"={len(after)}Q", *after))
-    _clear(old_maps, "watchlist_counters", "carried_watchlist_counters")
-    for name in ("datapath_counters", "drop_counters"):
-        _add(_of(old_maps, name), bpf_calls.Map.open(maps / f"carried_{name}"))
-        _clear(old_maps, name, f"carried_{name}")
+    more = {}
+    for index, counts in _totals(old_maps).items():
+        counts["unresolved"] += counts["watched"] - sum(counts[name] for name in _OUTCOMES)
+        if index not in without:
+            more[index] = [counts[name] for name in WATCHLIST_FIELDS]
+    wanted = {_CARRIED[0]: _added(maps / _CARRIED[0], more)}
+    for name, carried in zip(("datapath_counters", "drop_counters"), _CARRIED[1:], strict=True):
+        sums = enumerate(_sums(*_of(old_maps, name)))
+        wanted[carried] = _added(maps / carried, {index: [count] for index, count in sums})
+    return wanted
+
+
+def _added(pin: Path, more: Mapping[int, Sequence[int]]) -> list[bytes]:
+    """Elements of a map with numbers added to the words of some; of those that it does not have, none."""
+    elements = list(bpf_calls.Map.open(pin).elements())
+    for index, numbers in more.items():
+        if index < len(elements):
+            words = struct.unpack(f"={len(numbers)}Q", elements[index])
+            sums = [(word + number) & _MASK64 for word, number in zip(words, numbers, strict=True)]
+            elements[index] = struct.pack(f"={len(sums)}Q", *sums)
+    return elements
 
 
 def _of(maps: Path, name: str) -> list[bpf_calls.Map]:
@@ -194,21 +210,3 @@ def _totals(maps: Path) -> dict[int, dict[str, int]]:
                 for name, count in zip(fields, words, strict=True):
                     counts[name] += _signed(count)
     return totals
-
-
-def _add(old: Iterable[bpf_calls.Map], carried: bpf_calls.Map) -> None:
-    totals = _sums(*old)
-    for index, count in enumerate(totals[: carried.max_entries]):
-        if count:
-            key = struct.pack("=I", index)
-            before = struct.unpack("=Q", carried.lookup(key))[0]
-            carried.update(key, struct.pack("=Q", before + count))
-
-
-def _clear(maps: Path, *names: str) -> None:
-    """What was moved must not be moved again by a process that is interrupted and starts anew."""
-    for opened in (bpf_calls.Map.open(maps / name) for name in names if (maps / name).exists()):
-        zeros = bytes(opened.stride * opened.cpus)
-        for place, raw in enumerate(opened.elements()):
-            if any(raw):
-                opened.update(struct.pack("=I", place), zeros)

@@ -180,12 +180,16 @@ class Exporter:
             i: (c.sent, c.failed) for i, c in enumerate(self._rings.counters) if c.sent or c.failed
         }
 
-    def add(self, counted: Mapping[int, tuple[int, int]]) -> None:
-        """Count what another exporter has sent, and failed to send, as this one's own."""
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Nothing is sent, and nothing counted, as long as this is entered."""
         with self._turns.mine():
-            for index, (sent, failed) in counted.items():
-                self._rings.counters[index].sent += sent
-                self._rings.counters[index].failed += failed
+            yield
+
+    def empty(self) -> None:
+        """Send what waits now; what cannot be sent has failed, and no other process will try it again."""
+        with self._turns.mine():
+            self._drain_present()
 
     def _run(self, rung: bell.Bell) -> None:
         waiter = _Waiter(rung, self._wake)

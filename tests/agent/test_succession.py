@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hostint_agent import bpf_calls, bpf_types, counters
+from hostint_agent import bpf_calls, bpf_types, counters, handover
 from tests.agent.rings import make_map
 
 pytestmark = pytest.mark.bpf
@@ -24,8 +24,8 @@ def pins():
 
 def make(pins: Path, name: str, fields: int = len(FIELDS), numbers: int = 9) -> Path:
     """The maps of a datapath whose watchlists have so many counters, and that has so many of its own."""
-    maps = pins / name
-    maps.mkdir()
+    maps = pins / name / "maps"
+    maps.mkdir(parents=True)
     shapes = {
         "watchlist_counters": (_PERCPU_ARRAY, 8 * fields, USERS),
         "datapath_counters": (_PERCPU_ARRAY, 8, numbers),
@@ -49,6 +49,10 @@ def put(maps: Path, name: str, index: int, *per_cpu: tuple[int, ...]) -> None:
     opened.update(struct.pack("=I", index), value.ljust(opened.stride * opened.cpus, b"\0"))
 
 
+def take_over(old: Path, new: Path, without: tuple[int, ...] = ()) -> None:
+    handover.hand_over(old.parent, new.parent, counters.with_those_of(old, new, without))
+
+
 def words(**fields: int) -> tuple[int, ...]:
     return tuple(fields.get(name, 0) for name in FIELDS)
 
@@ -67,7 +71,7 @@ def test_counters_of_all_cpus_and_programs_go_over_and_what_waited_is_unresolved
     put(old, "drop_counters", 80, (5,))
     put(new, "watchlist_counters", 3, words(watched=10, suppressed=9))
     put(new, "datapath_counters", 4, (1,))
-    counters.take_over(old, new)
+    take_over(old, new)
     found = counters.Counters(new)
     after = found.identity(3)
     assert after.counters["watched"] == 111
@@ -80,18 +84,25 @@ def test_counters_of_all_cpus_and_programs_go_over_and_what_waited_is_unresolved
     assert found.watchlist(4)["watched"] == 0
 
 
-def test_a_second_attempt_adds_nothing_and_a_second_upgrade_everything(pins):
+def test_a_second_upgrade_takes_over_what_the_first_had_taken_over(pins):
     first, second, third = (make(pins, name) for name in ("first", "second", "third"))
     put(first, "watchlist_counters", 1, words(watched=10, suppressed=10))
     put(first, "drop_counters", 2, (3,))
-    counters.take_over(first, second)
-    counters.take_over(first, second)
+    take_over(first, second)
     put(second, "watchlist_counters", 1, words(watched=5, suppressed=5))
-    counters.take_over(second, third)
-    counters.take_over(second, third)
+    take_over(second, third)
     assert counters.Counters(third).watchlist(1)["watched"] == 15
     assert counters.Counters(third).drops({2: "NO_SOCKET"}) == {"NO_SOCKET": 3}
-    assert counters.Counters(second).watchlist(1)["watched"] == 0
+    assert [path.name for path in pins.iterdir()] == ["third"]
+
+
+def test_what_a_place_counted_for_another_watchlist_is_not_taken_over(pins):
+    old, new = make(pins, "old"), make(pins, "new")
+    for index in (1, 2):
+        put(old, "watchlist_counters", index, words(watched=10, suppressed=10))
+    take_over(old, new, without=(2,))
+    found = counters.Counters(new)
+    assert [found.watchlist(index)["watched"] for index in (1, 2)] == [10, 0]
 
 
 @pytest.mark.parametrize(("fields", "numbers"), [(15, 7), (20, 12)], ids=["fewer", "more"])
@@ -101,7 +112,7 @@ def test_a_version_with_other_numbers_of_counters_gives_those_that_both_have(pin
     put(old, "watchlist_counters", 1, given)
     put(old, "datapath_counters", 6, (4,))
     put(old, "datapath_counters", numbers - 1, (4,))
-    counters.take_over(old, new)
+    take_over(old, new)
     after = counters.Counters(new).watchlist(1)
     assert (after["watched"], after["suppressed"], after["unresolved"]) == (50, 50, 0)
     assert counters.Counters(new).datapath()["drop_evicted"] == 4
@@ -110,7 +121,7 @@ def test_a_version_with_other_numbers_of_counters_gives_those_that_both_have(pin
 def test_a_watchlist_that_is_another_one_now_begins_at_zero(pins):
     old, new = make(pins, "old"), make(pins, "new")
     put(old, "watchlist_counters", 1, words(watched=50, suppressed=50))
-    counters.take_over(old, new)
+    take_over(old, new)
     opened = counters.Counters(new)
     assert opened.watchlist(1)["watched"] == 50
     opened.reset([1])
@@ -123,5 +134,5 @@ def test_an_older_version_without_carried_counters_can_be_taken_over(pins):
         if pin.name.startswith("carried"):
             pin.unlink()
     put(old, "watchlist_counters", 1, words(watched=50, suppressed=50))
-    counters.take_over(old, new)
+    take_over(old, new)
     assert counters.Counters(new).watchlist(1)["watched"] == 50
