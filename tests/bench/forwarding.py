@@ -33,6 +33,7 @@ def _variants() -> list[Variant]:
     return [
         measure.plain(sent),
         Variant("empty", sent, programs="empty"),
+        Variant("clock", sent, programs="clock"),
         Variant("unwatched", sent, image=others),
         Variant("watched", sent, image=image, policy=NO_NEWS, outcome="suppressed"),
         Variant(
@@ -74,6 +75,12 @@ def _figures(samples: measure.Samples) -> list[Figure]:
         ratio("empty").figure(
             "forward_empty",
             "TCX programs that do nothing, added / plain forwarding",
+            "ratio",
+            baseline=base,
+        ),
+        ratio("clock").figure(
+            "forward_clock",
+            "TCX programs that read the clock, added / plain forwarding",
             "ratio",
             baseline=base,
         ),

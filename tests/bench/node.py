@@ -29,7 +29,7 @@ NO_NEWS = {"interval_ns": HOUR_NS, "latency_change_ns": HOUR_NS}
 EVERY_PACKET = {"interval_ns": 0, "latency_change_ns": HOUR_NS}
 _INTERFACES = ("in0", "out0", "in1", "out1")
 # what is attached: the datapath as the agent does it, programs that return at once on the same hooks, nothing
-Programs = Literal["ours", "empty", "none"]
+Programs = Literal["ours", "empty", "clock", "none"]
 # where packets of each generator go
 WAYS_OUT = ("10.96.0.0/16", "10.97.0.0/16")
 _ENABLE_STATS = 32
@@ -87,13 +87,13 @@ class Node:
         if self._attached == (programs, generators):
             return
         self.datapath.detach()
-        indexes = self._indexes() if programs == "empty" else {}
+        indexes = self._indexes() if programs in ("empty", "clock") else {}
         for interface in _INTERFACES[: 2 * generators] if programs != "none" else ():
             if programs == "ours":
                 self.datapath.attach(interface)
             else:
                 for kind in (bpf_calls.TCX_INGRESS, bpf_calls.TCX_EGRESS):
-                    self.datapath.attach_program(self.program("empty"), indexes[interface], kind)
+                    self.datapath.attach_program(self.program(programs), indexes[interface], kind)
         if programs == "ours":
             self.datapath.attach_drop()
         self._attached = (programs, generators)

@@ -149,9 +149,10 @@ def test_what_a_killed_bench_has_pinned_is_removed(node):
     assert Path(f"/sys/fs/bpf/hostint-bench-{os.getpid()}").exists()
 
 
-def test_empty_programs_run_at_both_hooks_of_every_packet(node):
-    node.use("empty")
-    program = node.program("empty")
+@pytest.mark.parametrize("name", ["empty", "clock"])
+def test_what_we_compare_with_runs_at_both_hooks_of_every_packet(node, name):
+    node.use(name)
+    program = node.program(name)
     with nodes.run_times():
         before = nodes.program_times(program)[1]
         node.run(1000)
