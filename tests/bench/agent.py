@@ -18,8 +18,8 @@ from tests.bench.node import bpf_dir
 from tests.lab.agent import LabAgent
 from tests.lab.topology import Lab
 
-TAKES_S = (10, 40)
-_IDLE_S = (5, 20)
+TAKES_S = (8, 40)
+_IDLE_S = (3, 20)
 _LOADS = (1, 5)
 _PODS = 5
 _SETTLE_S = 1.0

@@ -22,7 +22,7 @@ from tests.bench.node import bpf_dir
 from tests.lab.namespace import Namespace, ip
 from tests.lab.topology import Lab
 
-TAKES_S = (14, 20)
+TAKES_S = (10, 20)
 PODS = 250
 _HOOKS = 2
 _BEFORE_S = (1.0, 5.0)

@@ -17,12 +17,12 @@ from tests.bench.figure import Figure
 from tests.bench.measure import Say
 from tests.bench.node import bpf_dir
 
-TAKES_S = (15, 40)
+TAKES_S = (6, 40)
 MANY, FEW = 10_000, 10
 _MIDDLE = MANY // 2
 _WATCHLIST_RULES = 256
-_LARGE_ROUNDS = (3, 9)
-_SMALL_ROUNDS = (15, 101)
+_LARGE_ROUNDS = (1, 9)
+_SMALL_ROUNDS = (4, 101)
 # between two changes: programs that may still read the side that is to be written have ended
 _PAUSE_S = 0.05
 _COLLECTOR = {

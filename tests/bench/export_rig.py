@@ -123,11 +123,19 @@ class Rig:
         Raises WrongCount unless every report that was written was sent, came, and was as long as it should be. Batches that
         are cut may lose some on the way: the far interface takes them into a queue of 256.
         """
-        before, seen_before = self._exporter.ask(), self._seen()
+        seen_before = self._seen()
         command = [*self._producer, str(self._maps.maps), str(_RING), str(count), str(rate)]
         command += map(str, lengths)
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        produced = json.loads(done.stdout)
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as producer:
+            assert producer.stdin
+            assert producer.stdout
+            if producer.stdout.readline() != "ready\n":
+                raise RuntimeError(f"the producer cannot begin: {' '.join(command)}")
+            # which wakes it
+            before = self._exporter.ask()
+            produced = json.loads(producer.communicate("\n")[0])
         self._settle()
         after, seen_after = self._exporter.ask(), self._seen()
         sent, failed = (after[key] - before[key] for key in ("sent", "failed"))

@@ -8,12 +8,12 @@ from tests.bench.generator import traffic
 from tests.bench.measure import ANY, Samples, Say, Variant
 from tests.bench.node import NO_NEWS, node
 
-TAKES_S = (5, 45)
+TAKES_S = (3, 45)
 COUNTS = (16, 256, 4096, 60_000)
 FEW, MANY = 16, 60_000
 KINDS = ("unwatched", "watched")
 _RULES = 64
-_ROUNDS = (2, 25)
+_ROUNDS = (1, 25)
 
 
 def run(quick: bool, say: Say) -> list[Figure]:

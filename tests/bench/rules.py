@@ -10,7 +10,7 @@ from tests.bench.generator import Traffic, traffic
 from tests.bench.measure import PLAIN, Samples, Say, Variant
 from tests.bench.node import NO_NEWS, node
 
-TAKES_S = (8, 100)
+TAKES_S = (5, 100)
 SIZES = (0, 16, 64, 256, 1024, 4096, 10_000)
 FEW, MANY = 64, 10_000
 # a busy node's working set; the wide one is what no node has: each flow in a rule of its own
@@ -28,7 +28,7 @@ COMPARED = (
     ("_unwatched_pods", "unwatched", "pods", "unwatched, pods x services"),
     ("_wide", "watched", "wide", f"watched, mixed rules, {WIDE_FLOWS:,} flows"),
 )
-_ROUNDS = (2, 25)
+_ROUNDS = (1, 25)
 _RUN_TIME_ROUNDS = (1, 5)
 
 
