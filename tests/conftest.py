@@ -2,6 +2,7 @@
 """Fixtures that need a real Kubernetes, made once a test run."""
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,12 @@ import pytest
 
 from hostint_agent.__main__ import ensure_bpffs
 from tests.testcluster import Cluster, ControlPlane, images
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interrupts() -> None:
+    """What we start can be interrupted, though a shell may have started us in the background, where SIGINT is ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
