@@ -4,6 +4,7 @@
 import asyncio
 import dataclasses
 import importlib.metadata
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -63,6 +64,8 @@ class Agent:
         # called, in the event loop, whenever `status` may say something else
         self.on_status: Callable[[], None] = lambda: None
         self._loop = asyncio.get_running_loop()
+        # places of watchlists and collectors must stay while what an older datapath has is taken over
+        self._changing = threading.Lock()
         self._live: Wanted | None = None
         self._answered: Wanted | None = None
         self._refusal: str | None = None
@@ -89,6 +92,7 @@ class Agent:
             patterns=chosen.patterns,
             mode=chosen.mode,
             on_change=self._attachments_changed,
+            on_look=self._go_on_with_upgrade,
         )
         good = last_good.load(chosen.state_dir, chosen.node)
         if good:
@@ -97,17 +101,13 @@ class Agent:
                 self._program, watchlist_indexes=places[0], collector_indexes=places[1]
             )
         self._config.configure()
-        older = succession.predecessors(chosen.pin_dir, directory)
-        succession.begin(self._config, directory, older)
+        self._succession = succession.Succession(chosen.pin_dir, directory, self._exporter)
         # the exporter starts with the first configuration: reports that waited for this process need a destination
         first = self._first or (Wanted(good.spec, good.generation) if good and good.spec else None)
         if first:
             self._begin_with(first)
         self._config.set_enabled(True)
         self._attacher.start()
-        succession.complete(
-            self._config, directory, older, self._exporter, self._program.destinations
-        )
 
     def _begin_with(self, first: Wanted) -> None:
         try:
@@ -144,6 +144,10 @@ class Agent:
         return self._refusal is None
 
     def _commit(self, wanted: Wanted) -> None:
+        with self._changing:
+            self._commit_alone(wanted)
+
+    def _commit_alone(self, wanted: Wanted) -> None:
         before = self._program
         spec = wanted.spec or NodeConfigSpec(node_id=0)
         program = node_rules.build(
@@ -151,6 +155,7 @@ class Agent:
         )
         image = self._compiler.compile(program.rules)
         self._counters.reset(program.fresh_watchlists)
+        self._succession.watchlists_changed(program.fresh_watchlists)
         if wanted.spec:
             self._config.set_node_id(spec.node_id)
         # destinations first: no report may wait for a collector that is not known yet
@@ -190,6 +195,18 @@ class Agent:
     def _attachments_changed(self, _: attach.State) -> None:
         self._loop.call_soon_threadsafe(self._poke)
 
+    def _go_on_with_upgrade(self, state: attach.State) -> bool:
+        """Take the place of older programs as soon as it is known what is attached; True once there are none any more."""
+        if self._succession.complete:
+            return True
+        # the older programs may still be attached anywhere
+        if state.error:
+            return False
+        with self._changing:
+            done = self._succession.go_on(self._attacher.detach_others, self._program.destinations)
+        self._loop.call_soon_threadsafe(self._poke)
+        return done
+
     def _poke(self) -> None:
         self.on_status()
 
@@ -201,6 +218,10 @@ class Agent:
         state = self._attacher.state()
         if state.error:
             return "InterfacesUnknown", state.error
+        if self._succession.hold:
+            words = "reports are held back until older programs are gone"
+            error = self._succession.error
+            return "UpgradeIncomplete", f"{words}: {error}" if error else words
         if state.failed:
             first = state.failed[0]
             return "AttachFailed", f"interface {first.interface.name}: {first.error}"
@@ -284,6 +305,7 @@ class Agent:
                 rings=self._exporter.fill(),
                 attached=len(state.attachments) - len(state.failed),
                 not_attached=len(state.failed),
+                hold=self._succession.hold,
                 rules=len(self._program.rules),
                 generation=self._tables.generation,
                 config_errors=self._config_errors,

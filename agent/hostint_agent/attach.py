@@ -111,6 +111,20 @@ class TcxHooks:
                 bpf_calls.link_update(link, program.fd)
             return True
 
+    def detach_others(self) -> list[tuple[int, str]]:
+        """Remove links of ours that run other programs than these; which there were. Raises OSError."""
+        removed = []
+        for pin in sorted(self._links.iterdir()):
+            match = _LINK_PIN.fullmatch(pin.name)
+            if not match:
+                continue
+            with bpf_calls.opened(pin) as link:
+                attached = bpf_calls.tcx_link_target(link)[0]
+            if attached != self._programs[match[2]].id:
+                pin.unlink()
+                removed.append((int(match[1]), match[2]))
+        return removed
+
     def keep_only(self, wanted: frozenset[int]) -> None:
         """Detach from every interface that is not wanted (any more)."""
         self._heads = {key: head for key, head in self._heads.items() if key[0] in wanted}
@@ -216,8 +230,12 @@ class Attacher:
         patterns: interfaces.Patterns,
         mode: Mode,
         on_change: Callable[[State], None],
+        on_look: Callable[[State], bool] = lambda _: True,
     ) -> None:
-        """`directory` is `PIN/<build>` as the loader returned it. Raises bpf_calls.BpfError."""
+        """`directory` is `PIN/<build>` as the loader returned it. Raises bpf_calls.BpfError.
+
+        `on_look` is called after every look, in the thread that looked; False: look again soon.
+        """
         self._links = pin_dir / "links"
         programs = {
             name: bpf_calls.Program.open(directory / "programs" / name)
@@ -234,7 +252,7 @@ class Attacher:
         self._local = local_addresses.LocalAddresses(directory / "maps")
         self._config = kernel.DatapathConfig(directory / "maps")
         self._patterns = patterns
-        self._on_change = on_change
+        self._on_change, self._on_look = on_change, on_look
         self._state = State()
         self._patience = Patience()
         self._debounce_s = _DEBOUNCE_S
@@ -291,14 +309,21 @@ class Attacher:
             state = State(self._state.attachments, error=str(error))
         ended = time.monotonic()
         self._debounce_s = min(max(_DEBOUNCE_LOOKS * (ended - begun), _DEBOUNCE_S), _MAX_DEBOUNCE_S)
-        trouble = state.error or state.failed
-        again = trouble and self._patience.spend()
-        self._next_look = ended + (_CHECK_INTERVAL_S if again else _LOOK_INTERVAL_S)
         if state != self._state:
             self._tell(state)
             self._state = state
             self._on_change(state)
+        trouble = not self._on_look(state) or state.error or state.failed
+        again = trouble and self._patience.spend()
+        self._next_look = time.monotonic() + (_CHECK_INTERVAL_S if again else _LOOK_INTERVAL_S)
         return state
+
+    def detach_others(self) -> None:
+        """Detach what of ours is still attached and is not these programs. Only in the thread that looks. Raises OSError."""
+        programs = frozenset(program.id for program in self._programs.values())
+        removed = [*self._tcx.detach_others(), *clsact.remove_all(except_programs=programs)]
+        for ifindex, direction in removed:
+            log.warning("older program detached", ifindex=ifindex, hook=direction)
 
     def _look(self) -> State:
         # by hand or by whoever cleans up a bpffs, all of it may be gone

@@ -77,13 +77,16 @@ class Hooks:
         remove_all(except_of=wanted)
 
 
-def remove_all(except_of: frozenset[int] = frozenset()) -> list[tuple[int, Direction]]:
-    """Remove our filters from all other interfaces and nothing else; which there were. Raises OSError."""
+def remove_all(
+    except_of: frozenset[int] = frozenset(), except_programs: frozenset[int] = frozenset()
+) -> list[tuple[int, Direction]]:
+    """Remove our filters with other programs from all other interfaces and nothing else; which there were. Raises OSError."""
     removed: list[tuple[int, Direction]] = []
     with netlink.Socket() as route:
         for ifindex in sorted(_interfaces(route) - except_of):
             for direction in DIRECTIONS:
-                if any(f.is_ours for f in filters(route, ifindex, direction)):
+                found = filters(route, ifindex, direction)
+                if any(f.is_ours and f.program not in except_programs for f in found):
                     _delete(route, ifindex, direction)
                     removed.append((ifindex, direction))
     return removed

@@ -51,6 +51,7 @@ class Snapshot:
     rings: Iterable[int]
     attached: int
     not_attached: int
+    hold: bool
     rules: int
     generation: int
     config_errors: int
@@ -83,6 +84,11 @@ def families(now: Snapshot) -> list[core.Metric]:
             "hostint_interfaces_failed",
             "Interfaces that should be attached and are not",
             now.not_attached,
+        ),
+        (
+            "hostint_hold",
+            "Whether an upgrade that is not complete holds reports back: 0 or 1",
+            int(now.hold),
         ),
         ("hostint_rules", "Directed rules that are live", now.rules),
         ("hostint_generation", "Commits of rules since the datapath was loaded", now.generation),

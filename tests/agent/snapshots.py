@@ -15,6 +15,7 @@ NOW = metrics.Snapshot(
     rings=[3004, 3005],
     attached=3006,
     not_attached=3007,
+    hold=True,
     rules=3008,
     generation=3009,
     config_errors=3010,

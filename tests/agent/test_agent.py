@@ -2,6 +2,7 @@
 """The agent on a real datapath: what goes live, what is refused, and what its status says of both."""
 
 import asyncio
+import errno
 import os
 import time
 from collections.abc import Awaitable, Callable
@@ -9,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from hostint_agent import agent, interfaces, settings, unload
+from hostint_agent import agent, attach, interfaces, loader, settings, unload
 from hostint_agent.loader import default_bpf_dir
 from tests.agent.test_node_rules import COLLECTOR, RULE, WATCHLIST, spec
+from tests.agent.test_succession import put, words
+from tests.lab import test_upgrade as upgrades
 
 pytestmark = pytest.mark.bpf
 
@@ -24,11 +27,11 @@ def pin_dir():
     unload.unload(directory)
 
 
-def chosen(pin_dir: Path, state_dir: Path) -> settings.Settings:
+def chosen(pin_dir: Path, state_dir: Path, bpf_dir: Path | None = None) -> settings.Settings:
     return settings.Settings(
         node="node-a",
         pin_dir=pin_dir,
-        bpf_dir=default_bpf_dir(),
+        bpf_dir=bpf_dir or default_bpf_dir(),
         state_dir=state_dir,
         http=None,
         # no interface: nothing of this machine is touched
@@ -44,9 +47,10 @@ def with_agent(
     state_dir: Path,
     scenario: Callable[[agent.Agent], Awaitable[None]],
     first: agent.Wanted | None = None,
+    bpf_dir: Path | None = None,
 ) -> None:
     async def whole() -> None:
-        process = agent.Agent(chosen(pin_dir, state_dir), first)
+        process = agent.Agent(chosen(pin_dir, state_dir, bpf_dir), first)
         await asyncio.to_thread(process.start)
         try:
             await scenario(process)
@@ -187,3 +191,99 @@ def test_metrics_carry_the_name_of_the_watchlist(pin_dir, tmp_path):
         assert [(s.labels, s.value) for s in watched.samples] == [({"watchlist": "shop"}, 0)]
 
     with_agent(pin_dir, tmp_path, scenario)
+
+
+def no_interfaces() -> None:
+    raise OSError(errno.EPERM, "no netlink here")
+
+
+def no_detaching(_: object) -> None:
+    raise OSError(errno.EPERM, "no detaching here")
+
+
+@pytest.mark.parametrize(
+    ("at", "name", "fault", "reason", "message"),
+    [
+        (
+            attach.Attacher,
+            "detach_others",
+            no_detaching,
+            "UpgradeIncomplete",
+            "reports are held back until older programs are gone: [Errno 1] no detaching here",
+        ),
+        (
+            interfaces,
+            "read_network",
+            no_interfaces,
+            "InterfacesUnknown",
+            "[Errno 1] no netlink here",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) and value.isidentifier() else "",
+)
+def test_an_upgrade_that_cannot_be_completed_is_said_so_and_completed_later(
+    pin_dir, tmp_path, monkeypatch, at, name, fault, reason, message
+):
+    """Until then both builds stay, and the new one reports nothing."""
+    second = upgrades.version(tmp_path, "second", other_maps=True)
+
+    async def older(process: agent.Agent) -> None:
+        await process.apply(agent.Wanted(spec(), 1))
+
+    async def newer(process: agent.Agent) -> None:
+        def told() -> tuple[str, str]:
+            (state,) = process.status().watchlists
+            return state.reason, state.message
+
+        def hold() -> float:
+            (metric,) = [m for m in process.metrics() if m.name == "hostint_hold"]
+            return metric.samples[0].value
+
+        await process.apply(agent.Wanted(spec(), 2))
+        assert told() == (reason, message)
+        assert hold() == 1
+        assert len(loader.builds(pin_dir)) == 2
+        changed = asyncio.Event()
+        process.on_status = changed.set
+        monkeypatch.undo()
+        async with asyncio.timeout(40):
+            while told()[0] != "NoInterfaces":
+                await changed.wait()
+                changed.clear()
+        assert hold() == 0
+        assert loader.builds(pin_dir) == [loader.current(pin_dir, second)]
+
+    with_agent(pin_dir, tmp_path, older)
+    monkeypatch.setattr(at, name, fault)
+    try:
+        with_agent(pin_dir, tmp_path, newer, bpf_dir=second)
+    finally:
+        unload.unload(pin_dir)
+
+
+@pytest.mark.parametrize(
+    ("state", "name", "expected"), [("kept", "shop", 1000), ("lost", "another", 0)]
+)
+def test_what_an_older_datapath_counted_for_a_watchlist_is_not_given_to_another_one(
+    pin_dir, tmp_path, state, name, expected
+):
+    """A node that has lost its last good configuration gives the places away anew."""
+    second = upgrades.version(tmp_path, "second", other_maps=True)
+    watchlists = [WATCHLIST | {"name": name}]
+
+    async def older(process: agent.Agent) -> None:
+        await process.apply(agent.Wanted(spec(), 1))
+        place = process._program.watchlist_indexes.names["shop"]
+        maps = loader.current(pin_dir, default_bpf_dir()) / "maps"
+        put(maps, "watchlist_counters", place, words(watched=1000, reported=1000))
+
+    async def newer(process: agent.Agent) -> None:
+        watched = next(m for m in process.metrics() if m.name == "hostint_watched")
+        assert [(s.labels["watchlist"], s.value) for s in watched.samples] == [(name, expected)]
+
+    first = agent.Wanted(spec(watchlists=watchlists), 2)
+    try:
+        with_agent(pin_dir, tmp_path / "kept", older)
+        with_agent(pin_dir, tmp_path / state, newer, first, bpf_dir=second)
+    finally:
+        unload.unload(pin_dir)

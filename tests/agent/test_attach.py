@@ -159,6 +159,8 @@ def test_only_our_filters_are_removed_and_the_qdisc_stays(node):
             assert node.namespace.inside(lambda: hooks.ensure(index, hook)) == "not attached"
             assert node.namespace.inside(lambda: hooks.ensure(index, hook)) is None
             assert theirs.filters("eth0", hook)[0]["options"]["bpf_name"] == clsact.FILTER_NAME
+        stay = frozenset({program.id})
+        assert node.namespace.inside(lambda: clsact.remove_all(except_programs=stay)) == []
         removed = node.namespace.inside(clsact.remove_all)
         os.close(fd)
         assert removed == [(index, "ingress"), (index, "egress")]

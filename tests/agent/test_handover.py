@@ -97,14 +97,10 @@ def start(pins: Path, name: str, to: rings.Receiver) -> None:
     loader.remove_remains(pins)
     if not directory.exists():
         build(pins, name)
-    config, sending = (
-        kernel.DatapathConfig(directory / "maps"),
-        exporter.Exporter(directory / "maps"),
-    )
+    sending = exporter.Exporter(directory / "maps")
     sending.set_destinations({COLLECTOR: to.destination})
-    older = succession.predecessors(pins, directory)
-    succession.begin(config, directory, older)
-    succession.complete(config, directory, older, sending, {COLLECTOR: to.destination})
+    following = succession.Succession(pins, directory, sending)
+    assert following.go_on(lambda: None, {COLLECTOR: to.destination})
     sending.stop()
 
 
@@ -166,9 +162,20 @@ def test_a_report_without_a_destination_is_counted_as_failed(pins):
     first, second = build(pins, OLD), build(pins, NEW)
     first.write(0, COLLECTOR)
     sending = exporter.Exporter(second.maps)
-    config = kernel.DatapathConfig(second.maps)
-    succession.complete(config, pins / NEW, [pins / OLD], sending, {})
+    assert succession.Succession(pins, pins / NEW, sending).go_on(lambda: None, {})
     assert sending.counters() == {COLLECTOR: (0, 1)}
+
+
+def test_what_a_place_counted_for_another_watchlist_stays_behind(pins):
+    """As where a node has lost its last good configuration."""
+    first, second = build(pins, OLD), build(pins, NEW)
+    counted(first, watched=1000, reported=7)
+    counted(second, watched=100, reported=7)
+    following = succession.Succession(pins, pins / NEW, exporter.Exporter(second.maps))
+    following.watchlists_changed([1])
+    assert following.go_on(lambda: None, {})
+    assert counts(second.maps).watched == 100 + 10
+    assert counts(second.maps).drops == 1000 + 100
 
 
 def test_builds_that_share_their_maps_are_taken_over_as_one(pins):

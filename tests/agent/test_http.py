@@ -60,6 +60,7 @@ def test_metrics_have_a_value_and_help_for_every_counter():
         'hostint_ring_records{ring="1"} 3005.0',
         "hostint_interfaces_attached 3006.0",
         "hostint_interfaces_failed 3007.0",
+        "hostint_hold 1.0",
         'hostint_build_info{version="1.2.3"} 1.0',
     ):
         assert line in text

@@ -34,7 +34,7 @@ class LabAgent:
         command: Sequence[str] = (sys.executable, "-m", "hostint_agent"),
     ) -> None:
         self.node = node
-        self._command = command
+        self.command = command
         self._directory = Path(tempfile.mkdtemp(prefix="hostint-lab-"))
         self.file = self._directory / "objects.yaml"
         self.file.write_text(objects)
@@ -53,7 +53,7 @@ class LabAgent:
 
     def start(self) -> Self:
         """Start it and wait until it is ready."""
-        command = [*self._command, "standalone", str(self.file)]
+        command = [*self.command, "standalone", str(self.file)]
         command += ["--pin-dir", str(self.pin_dir), "--bpf-dir", str(self.bpf_dir)]
         command += ["--state-dir", str(self._directory)]
         command += ["--node", self.node.namespace.name, "--node-id", self.node.address]

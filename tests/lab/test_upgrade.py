@@ -5,6 +5,8 @@ Every packet is delivered, and every one is accounted for: what was watched, by 
 """
 
 import shutil
+import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +19,7 @@ import pytest
 from hostint_agent import bpf_calls, counters, loader
 from tests.lab import scene as scenes
 from tests.lab import traffic
+from tests.lab.cni import HOOKS, Cni
 from tests.lab.delivery import Delivery
 from tests.lab.scene import Scene
 
@@ -26,6 +29,22 @@ PER_SECOND = 50_000
 # packets inside the host, or waiting for its softirq, while the programs of one interface after the other are replaced
 IN_FLIGHT = 2_000
 FIREWALL = f"rule inet deadly forward udp dport {DEADLY_PORT} drop"
+# an agent that cannot attach to one interface as long as a file is there
+FAULTY = textwrap.dedent(
+    """
+    import errno, sys
+    from pathlib import Path
+    from hostint_agent import __main__, attach
+    ifindex, broken = int(sys.argv.pop(1)), Path(sys.argv.pop(1))
+    ensure = attach.TcxHooks.ensure
+    def failing(hooks, at, direction):
+        if at == ifindex and broken.exists():
+            raise OSError(errno.EPERM, "no exchange here")
+        return ensure(hooks, at, direction)
+    attach.TcxHooks.ensure = failing
+    sys.exit(__main__.main())
+    """
+)
 WATCHLIST = scenes.watchlist("protocol: UDP, source: {cidrs: [10.244.0.0/16]}", "interval: 10ms")
 
 
@@ -162,3 +181,55 @@ def map_id(pin: Path) -> int:
     """Kernel id of a pinned map."""
     opened = bpf_calls.Map.open(pin)
     return opened.id
+
+
+@pytest.mark.parametrize("other_maps", [False, True], ids=["same maps", "other maps"])
+def test_an_interface_that_cannot_be_exchanged_counts_where_somebody_reads_or_not_at_all(
+    scene, delivery, tmp_path, other_maps
+):
+    node, agent = scene.nodes[0], scene.agents[0]
+    one, other = node.pods
+    index, broken, count = node.port(one.interface), tmp_path / "broken", 1000
+
+    def send() -> dict[str, int]:
+        received = delivery.send(one.namespace, (other.address, PORT), count, [other.namespace])
+        assert received == [count]
+        identity = agent.settled()
+        assert (identity.watched_difference, identity.drops_difference) == (0, 0)
+        return dict(identity.counters)
+
+    with Cni(node) as hooks:
+
+        def first() -> list[int]:
+            return [next(iter(hooks.order(one.interface, hook))).program for hook in HOOKS]
+
+        assert send()["watched"] == count
+        older = first()
+        broken.touch()
+        agent.stop()
+        agent.bpf_dir = version(tmp_path, "second", other_maps=other_maps)
+        agent.command = (sys.executable, "-c", FAULTY, str(index), str(broken))
+        agent.start()
+        assert agent.maps.parent == loader.current(agent.pin_dir, agent.bpf_dir)
+        assert loader.builds(agent.pin_dir) == [agent.maps.parent]
+        assert "hostint_interfaces_failed 1.0" in agent.get("/metrics")
+        if other_maps:
+            assert [len(hooks.order(one.interface, hook)) for hook in HOOKS] == [0, 0]
+            assert send()["watched"] == count
+        else:
+            assert first() == older
+            assert send()["watched"] == 2 * count
+        assert agent.log.read_text().count("older program detached") == 2 * other_maps
+        before = agent.identity().counters["watched"]
+        broken.unlink()
+        deadline = time.monotonic() + 20
+        while "hostint_interfaces_failed 0.0" not in agent.get("/metrics"):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert not set(first()) & set(older)
+        counted = send()
+        assert counted["watched"] == before + count
+        assert counted["unresolved"] == 0
+        scene.quiet()
+        assert len(scene.collector.records()) == counted["reported"] > 0
+        assert scene.collector.gaps() == {}
