@@ -19,7 +19,7 @@ from tests.lab.agent import LabAgent
 from tests.lab.topology import Lab
 
 TAKES_S = (8, 40)
-_IDLE_S = (3, 20)
+_IDLE_S = (2, 20)
 _LOADS = (1, 5)
 _PODS = 5
 _SETTLE_S = 1.0

@@ -22,7 +22,7 @@ MANY, FEW = 10_000, 10
 _MIDDLE = MANY // 2
 _WATCHLIST_RULES = 256
 _LARGE_ROUNDS = (1, 9)
-_SMALL_ROUNDS = (4, 101)
+_SMALL_ROUNDS = (3, 101)
 # between two changes: programs that may still read the side that is to be written have ended
 _PAUSE_S = 0.05
 _COLLECTOR = {

@@ -11,7 +11,7 @@ from tests.bench.node import HOUR_NS, NO_NEWS, Node, node
 TAKES_S = (8, 70)
 FLOWS = 16
 RULES = 64
-_ROUNDS = (5, 80)
+_ROUNDS = (4, 80)
 
 
 def run(quick: bool, say: Say) -> list[Figure]:

@@ -14,7 +14,7 @@ from tests.bench.node import EVERY_PACKET, WATCHLIST, WAYS_OUT, Node, node
 
 TAKES_S = (2, 20)
 _FLOWS = 16
-_ROUNDS = (3, 40)
+_ROUNDS = (2, 40)
 _ATTEMPTS = 20
 _REPORTED = "every packet"
 

@@ -12,7 +12,7 @@ TAKES_S = (2, 25)
 PERCENT = (0, 12.5, 25, 50, 75, 100)
 _FLOWS = 256
 _RULES = 64
-_ROUNDS = (2, 25)
+_ROUNDS = (1, 25)
 
 
 def run(quick: bool, say: Say) -> list[Figure]:
