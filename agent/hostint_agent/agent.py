@@ -170,10 +170,15 @@ class Agent:
         last_good.save(self._settings.state_dir, self._settings.node, good)
 
     async def keep_time(self) -> None:
-        """Follow the wall clock, and notice when a collector's health changes."""
+        """Follow the wall clock, and notice when a collector's health changes.
+
+        Raises RuntimeError where a thread has ended: an agent that does half of its work must not look like one that does it.
+        """
         before: dict[str, senders.Health] = {}
         while True:
             await asyncio.sleep(_CLOCK_INTERVAL_S)
+            if reason := self.not_alive():
+                raise RuntimeError(reason)
             self._config.refresh_wall_offset()
             health = self._exporter.health()
             told = {name: (h.reachable, h.reason) for name, h in health.items()}
@@ -271,7 +276,9 @@ class Agent:
 
     def not_alive(self) -> str | None:
         """Why this process must be started anew, or None."""
-        return None if self._exporter.alive else "the export thread has ended"
+        if not self._exporter.alive:
+            return "the export thread has ended"
+        return None if self._attacher.alive else "the attach thread has ended"
 
     def not_ready(self) -> str | None:
         """Why this agent is not ready, or None."""

@@ -264,6 +264,11 @@ class Attacher:
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="attach", daemon=True)
 
+    @property
+    def alive(self) -> bool:
+        """False when the thread has ended though nobody stopped it."""
+        return self._stopping or not self._thread.ident or self._thread.is_alive()
+
     def state(self) -> State:
         """What is attached, as of the last look."""
         return self._state

@@ -3,6 +3,7 @@
 
 import logging
 import sys
+import threading
 
 import structlog
 
@@ -31,4 +32,13 @@ def configure(level: str, log_format: LogFormat) -> None:
         wrapper_class=structlog.make_filtering_bound_logger(number),
         logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
         cache_logger_on_first_use=True,
+    )
+    threading.excepthook = _tell
+
+
+def _tell(ended: threading.ExceptHookArgs) -> None:
+    """What ends a thread is told like everything else."""
+    name = ended.thread.name if ended.thread else "unknown"
+    structlog.get_logger().error(
+        "thread ended", thread=name, error=str(ended.exc_value), exc_info=ended.exc_value
     )

@@ -3,13 +3,15 @@
 
 import contextlib
 import fcntl
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -38,7 +40,9 @@ def pin_dir() -> Iterator[Path]:
 class Running:
     """`hostint-agent standalone` in a network namespace of its own."""
 
-    def __init__(self, tmp_path: Path, pin_dir: Path, *options: str) -> None:
+    def __init__(
+        self, tmp_path: Path, pin_dir: Path, *options: str, command: Sequence[str] = COMMAND
+    ) -> None:
         self.paths = files(tmp_path, COLLECTOR, watchlist())
         self.log = tmp_path / "log"
         arguments = ["standalone", str(self.paths[0]), "--pin-dir", str(pin_dir)]
@@ -46,7 +50,7 @@ class Running:
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 ["unshare", "--net", "sh", "-c", 'ip link set lo up; exec "$@"', "sh"]
-                + [*COMMAND, *arguments],
+                + [*command, *arguments],
                 stdout=log,
                 stderr=log,
             )
@@ -66,8 +70,10 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(tmp_path: Path, pin_dir: Path, *options: str) -> Iterator[Running]:
-    agent = Running(tmp_path, pin_dir, *options)
+def running(
+    tmp_path: Path, pin_dir: Path, *options: str, command: Sequence[str] = COMMAND
+) -> Iterator[Running]:
+    agent = Running(tmp_path, pin_dir, *options, command=command)
     try:
         agent.wait_for("rules replaced")
         yield agent
@@ -220,3 +226,48 @@ def test_the_lock_of_a_directory_that_was_removed_meanwhile_is_no_lock(pin_dir, 
     assert descriptor is not None
     assert command._locked(pin_dir) is None
     os.close(descriptor)
+
+
+# an agent of which a function fails, once a file is there, with what no one expects there
+_FAULTY = textwrap.dedent(
+    """
+    import importlib, sys
+    from pathlib import Path
+    from hostint_agent import __main__
+    module, owner, name, broken = (sys.argv.pop(1) for _ in range(4))
+    owner = getattr(importlib.import_module(module), owner)
+    function = getattr(owner, name)
+    def failing(*arguments):
+        if Path(broken).exists():
+            raise LookupError("nobody thought of this")
+        return function(*arguments)
+    setattr(owner, name, failing)
+    sys.exit(__main__.main())
+    """
+)
+
+
+@pytest.mark.bpf
+@pytest.mark.parametrize(
+    ("thread", "function"),
+    [
+        ("attach", ("hostint_agent.attach", "TcxHooks", "in_place")),
+        ("export", ("hostint_agent.exporter", "_Waiter", "wait")),
+    ],
+    ids=["attach", "export"],
+)
+def test_an_agent_of_which_a_thread_has_ended_ends(tmp_path, pin_dir, thread, function):
+    """It would go on saying that all is well, and nobody would attach to new pods, or send."""
+    broken = tmp_path / "broken"
+    command = [sys.executable, "-c", _FAULTY, *function, str(broken)]
+    options = ("--http", "none", "--log-format", "json", "--attach", "tcx")
+    with running(tmp_path, pin_dir, *options, command=command) as agent:
+        broken.touch()
+        assert agent.process.wait(20) == 1
+    told = [json.loads(line) for line in agent.log.read_text().splitlines()]
+    (ended,) = [entry for entry in told if entry["event"] == "thread ended"]
+    assert (ended["thread"], ended["error"]) == (thread, "nobody thought of this")
+    assert "LookupError" in ended["exception"]
+    (failed,) = [entry for entry in told if entry["event"] == "agent failed"]
+    assert failed["error"] == f"the {thread} thread has ended"
+    assert told[-2]["event"] == "datapath unloaded"
