@@ -8,6 +8,8 @@
 #include "slot.h"
 
 #define MAC_HEADER_UNSET 0xffff
+/* the print is in the upper end of a tuple's last word */
+#define PRINT_BITS 8
 #define ETHERNET_BYTES 14
 #define ETHERTYPE_OFFSET 12
 /* behind which a snapshot's tuple is not restored: two VLAN tags fit */
@@ -66,12 +68,17 @@ static __always_inline bool died_elsewhere(__u64 address, const struct config *c
 	return cookie != config->netns_cookie;
 }
 
-/* The tuple as it is now, for a packet that was translated since it came in. Later headers than the first are not followed. */
-static __always_inline void read_tuple(struct flow_key *key, const struct dead_packet *dead)
+/*
+ * The tuple as it is now, for a packet that was translated since it came in, and its print. Later headers than the first are not
+ * followed: what is not known then is `unknown`.
+ */
+static __always_inline void read_tuple(struct flow_key *key, const struct dead_packet *dead,
+				       const struct tunnel_ports *tunnels, __u8 unknown)
 {
 	__u64 ip = dead->head + dead->network_header;
-	__u32 header_bytes = 40;
-	__be16 ports[2] = {}, fragment = 0;
+	__u32 header_bytes = IPV6_BYTES, own = 0;
+	__be16 fragment = 0, id = 0;
+	__be32 transport[2] = {};
 	__u8 first = 0;
 
 	__builtin_memset(key, 0, sizeof(*key));
@@ -83,22 +90,37 @@ static __always_inline void read_tuple(struct flow_key *key, const struct dead_p
 		READ_FIELD(key->destination[0], ip, 16);
 		READ_FIELD(key->protocol, ip, 9);
 		READ_FIELD(fragment, ip, 6);
+		READ_FIELD(id, ip, 4);
 		key->no_ports = (fragment & bpf_htons(0x1fff)) != 0;
+		own = id;
 	} else {
 		key->family = 6;
 		READ_FIELD(key->source, ip, 8);
 		READ_FIELD(key->destination, ip, 24);
 		READ_FIELD(key->protocol, ip, 6);
+		READ_FIELD(own, ip, 0);
+		own &= IPV6_FLOW_LABEL;
 	}
-	READ_FIELD(ports, ip, header_bytes);
+	if (dead->network_header + header_bytes + sizeof(transport) <= dead->tail)
+		READ_FIELD(transport, ip, header_bytes);
+	else
+		key->no_ports = 1;
 	if (key->protocol == PROTO_TCP || key->protocol == PROTO_UDP || key->protocol == PROTO_SCTP) {
-		key->source_port = bpf_ntohs(ports[0]);
-		key->destination_port = bpf_ntohs(ports[1]);
+		key->source_port = bpf_ntohl(transport[0]) >> 16;
+		key->destination_port = bpf_ntohl(transport[0]);
 	} else if (key->protocol == PROTO_ICMP || key->protocol == PROTO_ICMPV6) {
-		key->destination_port = bpf_ntohs(ports[0]);
+		key->destination_port = bpf_ntohl(transport[0]) >> 16;
 	} else {
 		key->no_ports = 1;
 	}
+	if (key->protocol == PROTO_TCP && !key->no_ports)
+		own ^= transport[1];
+	if (key->protocol == PROTO_UDP && !key->no_ports)
+		own ^= (__be16)transport[1];
+	key->print = packet_print(own);
+	if (is_extension_header(key->protocol) || key->protocol == PROTO_IPV4 || key->protocol == PROTO_IPV6 ||
+	    (key->protocol == PROTO_UDP && is_tunnel_port(key->destination_port, tunnels)))
+		key->print = unknown;
 }
 
 /* Copy the first bytes of the dead packet: its linear part from the Ethernet header on; the number of bytes. */
@@ -304,6 +326,18 @@ static __always_inline bool shares_an_address(const struct flow_key *one, const 
 	       ((a[0] == b[0] && a[1] == b[1]) || (c[0] == d[0] && c[1] == d[1]));
 }
 
+/*
+ * Whether its print says that a dying packet is not the one that came in. Of IPv6 fragments that were put together nothing is left
+ * that their print was made of, so there a tuple that is the same is enough.
+ */
+static __always_inline bool has_another_print(const struct flow_key *now, const struct flow_key *arrived)
+{
+	const __u64 *a = (const __u64 *)now, *b = (const __u64 *)arrived;
+	__u64 differing = (a[0] ^ b[0]) | (a[1] ^ b[1]) | (a[2] ^ b[2]) | (a[3] ^ b[3]) | ((a[4] ^ b[4]) << PRINT_BITS);
+
+	return !may_be_same_packet(now, arrived) && (now->family == 4 || differing);
+}
+
 /* A packet that has the address of a watched one was freed as dropped; its tag says in which slot to look. */
 static __always_inline void observe_drop(__u64 address, __u32 kernel_reason, struct scratch *scratch)
 {
@@ -338,19 +372,21 @@ static __always_inline void observe_drop(__u64 address, __u32 kernel_reason, str
 	arrival.arrival_ns = slot->arrival_ns;
 	arrival.ifindex = slot->ifindex;
 	scratch->arrived = slot->key;
-	read_tuple(&scratch->key, &dead);
-	scratch->key.print = scratch->arrived.print; /* not looked at: the addresses must agree */
+	read_tuple(&scratch->key, &dead, &config->tunnels, scratch->arrived.print);
 	proof = proof_of(slot, dead.tc_index, dead.iif);
 	/*
-	 * One tag in some thousands is the same by chance (a clone's, or one of another node of this kernel): the addresses
-	 * must agree as well, but for a packet that has left, of which NAT may have changed both sides.
+	 * One tag in some thousands is the same by chance (a clone's that waited at a socket, or one of another node of this
+	 * kernel): print and addresses must agree as well, the latter but for a packet that has left, of which NAT may have
+	 * changed both sides.
 	 */
 	if (proof == PROOF_NONE || (reason->flags & DROP_OF_COPY) ||
 	    ((proof == PROOF_INTERFACE || state != SLOT_EGRESSED) &&
-	     !shares_an_address(&scratch->key, &scratch->arrived))) {
+	     !shares_an_address(&scratch->key, &scratch->arrived)) ||
+	    has_another_print(&scratch->key, &scratch->arrived)) {
 		count(COUNT_STALE_DROP);
 		return;
 	}
+	scratch->key.print = scratch->arrived.print;
 	if (died_elsewhere(address, config, &ifindex))
 		return;
 	if (is_no_death(reason, &scratch->key, &dead)) {

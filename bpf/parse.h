@@ -212,22 +212,23 @@ static __always_inline void read_inner(const __u8 *ip, const __u8 *end, __u32 *o
 	*own = found;
 }
 
-/*
- * The same of an Ethernet frame inside a UDP datagram, if its port is one of our tunnels (or 0, where there are fewer: nothing is
- * sent to that, and both hooks would read the same).
- */
+/* Of a VXLAN port there may be fewer than three: the others are 0, to which nothing is sent, and all would read the same. */
+static __always_inline int is_tunnel_port(__u16 port, const struct tunnel_ports *tunnels)
+{
+	return port == tunnels->geneve || port == tunnels->vxlan[0] || port == tunnels->vxlan[1] ||
+	       port == tunnels->vxlan[2];
+}
+
+/* The same of an Ethernet frame inside a UDP datagram, if its port is one of our tunnels. */
 static __always_inline void read_inner_of_udp(const __u8 *udp, const __u8 *end, __u16 port,
 					      const struct tunnel_ports *tunnels, __u32 *own)
 {
 	const __u8 *frame = udp + UDP_BYTES + TUNNEL_HEADER_BYTES;
-	int geneve = port == tunnels->geneve;
 	__u32 type;
 
-	if (!geneve && port != tunnels->vxlan[0] && port != tunnels->vxlan[1] && port != tunnels->vxlan[2])
+	if (!is_tunnel_port(port, tunnels) || frame > end)
 		return;
-	if (frame > end)
-		return;
-	if (geneve)
+	if (port == tunnels->geneve)
 		frame += (udp[UDP_BYTES] & GENEVE_OPTION_WORDS) * 4;
 	if (frame + ETHERNET_HEADER_BYTES > end)
 		return;

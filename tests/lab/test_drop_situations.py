@@ -503,3 +503,24 @@ def test_fragments_that_never_become_a_packet(bridged):
     packets = [deaths.inner_of(report) for report in outcome.reports]
     assert {p.destination_port for p in packets} == {PORT}
     assert {(p.length, p.truncated) for p in packets} == {(524, True), (552, True)}
+
+
+def fragmented(stage: Stage, version: int) -> list[bytes]:
+    """A datagram in two fragments, the first of which comes last: it is the one that connection tracking makes whole."""
+    here, there = stage.client.ip(version), to(stage, version, "far")
+    whole = raw_packets.udp(here, there, (stage.fresh_port(), PORT), b"." * 1000)
+    places = ((63, whole[504:]), (raw_packets.MORE_FRAGMENTS, whole[:504]))
+    return [
+        raw_packets.packet(here, there, raw_packets.UDP, part, fragment=place)
+        for place, part in places
+    ]
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_fragments_that_become_a_packet_which_is_dropped(bridged, version):
+    """Of IPv6 the fragment header is gone by then, and with it what told the packet from the next one."""
+    with bridged.nft("hook forward priority 0", "ct state new drop"):
+        outcome = bridged.outcome(lambda: bridged.send_frames(fragmented(bridged, version)), 1)
+    assert outcome.reasons == {"NETFILTER_DROP": 1}
+    (report,) = outcome.reports
+    assert deaths.inner_of(report).destination_port == PORT
