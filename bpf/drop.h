@@ -77,9 +77,9 @@ static __always_inline void read_tuple(struct flow_key *key, const struct dead_p
 {
 	__u64 ip = dead->head + dead->network_header;
 	__u32 header_bytes = IPV6_BYTES, own = 0;
+	__u8 transport[24] __attribute__((aligned(8))) = {}, first = 0;
 	__be16 fragment = 0, id = 0;
-	__be32 transport[2] = {};
-	__u8 first = 0;
+	__s32 behind;
 
 	__builtin_memset(key, 0, sizeof(*key));
 	READ_FIELD(first, ip, 0);
@@ -101,22 +101,24 @@ static __always_inline void read_tuple(struct flow_key *key, const struct dead_p
 		READ_FIELD(own, ip, 0);
 		own &= IPV6_FLOW_LABEL;
 	}
-	if (dead->network_header + header_bytes + sizeof(transport) <= dead->tail)
+	behind = dead->tail - dead->network_header - header_bytes;
+	if (behind >= (__s32)sizeof(transport))
 		READ_FIELD(transport, ip, header_bytes);
+	else if (behind >= 8)
+		READ_FIELD(*(__u64 *)transport, ip, header_bytes);
 	else
 		key->no_ports = 1;
 	if (key->protocol == PROTO_TCP || key->protocol == PROTO_UDP || key->protocol == PROTO_SCTP) {
-		key->source_port = bpf_ntohl(transport[0]) >> 16;
-		key->destination_port = bpf_ntohl(transport[0]);
+		key->source_port = read_be16(transport);
+		key->destination_port = read_be16(transport + 2);
 	} else if (key->protocol == PROTO_ICMP || key->protocol == PROTO_ICMPV6) {
-		key->destination_port = bpf_ntohl(transport[0]) >> 16;
+		key->destination_port = read_be16(transport);
 	} else {
 		key->no_ports = 1;
 	}
-	if (key->protocol == PROTO_TCP && !key->no_ports)
-		own ^= transport[1];
-	if (key->protocol == PROTO_UDP && !key->no_ports)
-		own ^= (__be16)transport[1];
+	/* of a shorter packet the rest is zeros, which change nothing */
+	if (!key->no_ports)
+		own ^= transport_print_of(key->protocol, transport, transport + sizeof(transport));
 	key->print = packet_print(own);
 	if (is_extension_header(key->protocol) || key->protocol == PROTO_IPV4 || key->protocol == PROTO_IPV6 ||
 	    (key->protocol == PROTO_UDP && is_tunnel_port(key->destination_port, tunnels)))

@@ -24,6 +24,7 @@
 #define TUNNEL_HEADER_BYTES 8 /* of VXLAN (RFC 7348), and of Geneve without options (RFC 8926) */
 #define GENEVE_OPTION_WORDS 0x3f
 #define MAX_EXTENSION_HEADERS 6
+#define PRINT_MIX 0x9e3779b97f4a7c15ULL
 /* no header we look for starts beyond; gives the verifier a bound */
 #define MAX_HEADER_OFFSET 1600
 
@@ -72,13 +73,41 @@ static __always_inline int is_extension_header(__u8 protocol)
 
 /*
  * Some bits of what stays the same while a host forwards a packet, whatever NAT does to it, and differs from packet to packet
- * of a flow: the IPv4 identification, or IPv6 flow label and fragment identification, with the TCP sequence number or the UDP
- * length; of a tunnel's packet those of the one inside, before it goes into the tunnel and after it has left it. They tell apart
+ * of a flow: the IPv4 identification, or IPv6 flow label and fragment identification, with what transport_print_of tells;
+ * of a tunnel's packet those of the one inside, before it goes into the tunnel and after it has left it. They tell apart
  * packets whose tags are equal by chance.
  */
 static __always_inline __u8 packet_print(__u32 own)
 {
 	return (own * 0x9e3779b1U) >> 24;
+}
+
+/*
+ * The same of what is behind the addresses: the sequence number of TCP or of an ICMP echo, the TSN of SCTP, the length of UDP and 16
+ * bytes of its payload. Lengths are those that the headers tell: a short frame has padding when it comes, and none when it leaves.
+ */
+static __always_inline __u32 transport_print_of(__u8 protocol, const __u8 *transport, const __u8 *end)
+{
+	const __u64 *payload = (const __u64 *)(transport + UDP_BYTES);
+	__u64 mixed;
+	__u32 own;
+
+	if (transport + 8 > end)
+		return 0;
+	if (protocol == PROTO_TCP)
+		return *(const __be32 *)(transport + 4);
+	if (protocol == PROTO_ICMP || protocol == PROTO_ICMPV6)
+		return *(const __be16 *)(transport + 6);
+	if (protocol == PROTO_SCTP)
+		return transport + 20 > end ? 0 : *(const __be32 *)(transport + 16);
+	if (protocol != PROTO_UDP)
+		return 0;
+	own = *(const __be16 *)(transport + 4);
+	if (read_be16(transport + 4) < UDP_BYTES + 16 || (const __u8 *)(payload + 2) > end)
+		return own;
+	/* a number that is there twice must not cancel itself out */
+	mixed = payload[0] * PRINT_MIX + payload[1];
+	return own ^ (__u32)mixed ^ (__u32)(mixed >> 32);
 }
 
 /*
@@ -207,9 +236,7 @@ static __always_inline void read_inner(const __u8 *ip, const __u8 *end, __u32 *o
 			transport += 8;
 		}
 	}
-	if ((protocol == PROTO_TCP || protocol == PROTO_UDP) && transport + 8 <= end)
-		found ^= protocol == PROTO_TCP ? *(const __be32 *)(transport + 4) : *(const __be16 *)(transport + 4);
-	*own = found;
+	*own = found ^ transport_print_of(protocol, transport, end);
 }
 
 /* Of a VXLAN port there may be fewer than three: the others are 0, to which nothing is sent, and all would read the same. */
@@ -254,18 +281,16 @@ static __always_inline __u32 parse_transport(const __u8 *data, const __u8 *end, 
 			return 0;
 		rest->source_port = read_be16(transport);
 		rest->destination_port = read_be16(transport + 2);
-		if (protocol == PROTO_TCP) {
-			rest->own ^= *(const __be32 *)(transport + 4);
-		} else if (protocol == PROTO_UDP) {
-			rest->own ^= *(const __be16 *)(transport + 4);
+		rest->own ^= transport_print_of(protocol, transport, end);
+		if (protocol == PROTO_UDP)
 			read_inner_of_udp(transport, end, rest->destination_port, tunnels, &rest->own);
-		}
 		return offset;
 	}
 	if (protocol == PROTO_ICMP || protocol == PROTO_ICMPV6) {
 		if (transport + 2 > end)
 			return 0;
 		rest->destination_port = read_be16(transport);
+		rest->own ^= transport_print_of(protocol, transport, end);
 		return offset;
 	}
 	if (protocol == PROTO_IPV4 || protocol == PROTO_IPV6)

@@ -187,6 +187,10 @@ def with_number(packet: bytes, at: int, size: int, number: int) -> bytes:
     return packet[:at] + number.to_bytes(size, "big") + packet[at + size :]
 
 
+def udp(port: int, payload: bytes) -> bytes:
+    return struct.pack("!HHHH", 50000, port, 8 + len(payload), 0) + payload
+
+
 TCP4, UDP4 = ipv4(6, PORTS), ipv4(17, PORTS)
 TCP6, UDP6 = ipv6(6, PORTS), ipv6(17, PORTS)
 FRAGMENT6 = ipv6(44, extension(17) + PORTS)
@@ -197,7 +201,13 @@ FRAGMENT6 = ipv6(44, extension(17) + PORTS)
     [
         pytest.param(TCP4, 4, 2, id="IPv4 identification"),
         pytest.param(TCP4, 24, 4, id="TCP sequence number"),
-        pytest.param(UDP4, 24, 2, id="UDP length"),
+        pytest.param(ipv4(17, udp(9, b"")), 24, 2, id="UDP length"),
+        pytest.param(ipv4(17, udp(9, bytes(16))), 28, 8, id="first bytes of a UDP payload"),
+        pytest.param(ipv4(17, udp(9, bytes(16))), 36, 8, id="later bytes of a UDP payload"),
+        pytest.param(ipv6(17, udp(9, bytes(16))), 48, 8, id="UDP payload, IPv6"),
+        pytest.param(ipv4(132, bytes(20)), 36, 4, id="SCTP TSN"),
+        pytest.param(ipv4(1, b"\x08" + bytes(7)), 26, 2, id="ICMP echo's sequence number"),
+        pytest.param(ipv6(58, b"\x80" + bytes(7)), 46, 2, id="ICMPv6 echo's sequence number"),
         pytest.param(UDP6, 2, 2, id="flow label"),
         pytest.param(TCP6, 44, 4, id="TCP sequence number, IPv6"),
         pytest.param(FRAGMENT6, 44, 4, id="fragment identification"),
@@ -207,6 +217,15 @@ def test_the_print_tells_packets_of_a_flow_apart(parse, packet, at, size):
     found = prints(parse, [with_number(packet, at, size, number) for number in range(4096)])
     assert len(set(found)) == 256
     assert max(found.count(value) for value in range(256)) < 3 * 4096 / 256
+
+
+@pytest.mark.parametrize("repeats", [(2, 8), (4, 4), (8, 2)], ids=str)
+def test_a_number_that_is_repeated_in_the_payload_tells_packets_apart(parse, repeats):
+    times, size = repeats
+    numbers = [number.to_bytes(size, "big") * times for number in range(4096)]
+    found = prints(parse, [ipv6(17, udp(9, number)) for number in numbers])
+    assert len(set(found)) == 256
+    assert max(found.count(value) for value in range(256)) < 4 * 4096 / 256
 
 
 @pytest.mark.parametrize(
@@ -221,6 +240,9 @@ def test_the_print_tells_packets_of_a_flow_apart(parse, packet, at, size):
         pytest.param(UDP4, 26, 2, id="UDP checksum"),
         pytest.param(UDP4, 1, 1, id="DSCP"),
         pytest.param(TCP4, 28, 4, id="TCP acknowledgement"),
+        pytest.param(ipv4(1, b"\x08" + bytes(7)), 24, 2, id="ICMP echo's identifier, translated"),
+        pytest.param(ipv4(132, bytes(28)), 28, 4, id="SCTP checksum"),
+        pytest.param(ipv4(17, udp(9, b"short")), 33, 11, id="padding behind a UDP payload"),
         pytest.param(UDP6, 7, 1, id="hop limit"),
         pytest.param(UDP6, 8, 4, id="IPv6 source, translated"),
     ],
@@ -228,10 +250,6 @@ def test_the_print_tells_packets_of_a_flow_apart(parse, packet, at, size):
 def test_the_print_is_not_made_of_what_a_hop_changes(parse, packet, at, size):
     found = prints(parse, [with_number(packet, at, size, number) for number in range(200)])
     assert len(set(found)) == 1
-
-
-def udp(port: int, payload: bytes) -> bytes:
-    return struct.pack("!HHHH", 50000, port, 8 + len(payload), 0) + payload
 
 
 def vxlan(inside: bytes, port: int = 4789) -> bytes:
@@ -250,6 +268,8 @@ INSIDE = {
     "later-fragment4": ipv4(17, PORTS, fragment=0x2001),
     "tcp6": ipv6(6, PORTS),
     "udp6": ipv6(17, PORTS),
+    "udp4-payload": ipv4(17, udp(9, bytes(range(32)))),
+    "sctp6": ipv6(132, bytes(range(28))),
     "udp6-fragment": ipv6(44, extension(17) + PORTS),
     "udp6-later-fragment": ipv6(44, bytes([17, 0, 5, 0]) + bytes([1, 2, 3, 4]) + PORTS),
 }
@@ -293,9 +313,7 @@ def test_what_only_looks_like_a_tunnel_has_a_print_of_its_own(parse):
         )
     # neither IPv4 nor IPv6 inside
     arp = ETHERNET + b"\x08\x06" + bytes(28)
-    assert prints(parse, [ipv4(17, vxlan(arp))]) == prints(
-        parse, [ipv4(17, udp(9, bytes(8) + arp))]
-    )
+    assert prints(parse, [ipv4(17, vxlan(arp))]) == prints(parse, [ipv4(17, vxlan(arp, 9))])
 
 
 @pytest.mark.parametrize("inside", INSIDE)
