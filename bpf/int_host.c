@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only
 /*
- * The datapath: two TC programs and a tracepoint program. An observer: every exit of the TC programs is TC_ACT_UNSPEC,
- * no byte of a packet is written, and of its metadata only tc_index (the validation tag).
+ * The datapath. An observer: every exit of the TC programs is TC_ACT_UNSPEC, the others let every packet pass, and no
+ * program writes a byte of a packet or of its metadata.
  *
- *   ingress   parse, classify, leave a watched packet's arrival in its slot
- *   egress    find the slot, measure, decide, write a report
- *   drop      a watched packet that dies becomes a drop report
+ *   ingress   TC: parse, classify, leave a watched packet's arrival in its slot
+ *   egress    TC: find the slot, measure, decide, write a report
+ *   deliver   a socket takes the packet (cgroup_skb): the same
+ *   local_in  the host itself takes it (netfilter, LOCAL_IN): the same for protocols without sockets
+ *   drop      a watched packet that the kernel drops becomes a drop report (raw tracepoint kfree_skb)
  */
 #include <uapi/linux/bpf.h>
 #include <uapi/linux/pkt_cls.h>
@@ -13,144 +15,36 @@
 #include "maps.h"
 #include "counters.h"
 #include "parse.h"
+#include "fingerprint.h"
 #include "classify.h"
 #include "flow.h"
-#include "local.h"
 #include "policy.h"
 #include "report.h"
 #include "slot.h"
+#include "skb.h"
+#include "observe.h"
+#include "own.h"
+#include "deliver.h"
 #include "drop.h"
 
-#define CURRENT_NETNS (-1)
-
-/* One watched packet on its way to a report. */
-struct observation {
-	const struct flow_key *key; /* the tuple that matched */
-	__u64 ingress_ns;
-	__u64 egress_ns; /* 0: now; reading the clock costs more than all else here, so only who needs it does */
-	__u32 ingress_ifindex; /* 0: the host sent it */
-	__u32 egress_ifindex;  /* 0: the host takes it */
-	bool translated;       /* the packet no longer carries key */
-};
-
-static __always_inline int parse_packet(struct __sk_buff *skb, const struct config *config, struct scratch *scratch)
+/* The tuple and offsets go to scratch, with the generation that is about to judge the tuple. */
+static __always_inline int parse_packet(struct __sk_buff *skb, struct scratch *scratch, __u64 generation)
 {
-	return parse_frame((const __u8 *)(long)skb->data, (const __u8 *)(long)skb->data_end, &config->tunnels,
-			   &scratch->key, &scratch->offsets);
+	int parsed = parse_frame((const __u8 *)(long)skb->data, (const __u8 *)(long)skb->data_end, &scratch->key,
+				 &scratch->offsets);
+
+	if (likely(parsed == 0))
+		set_generation(&scratch->key, generation);
+	return parsed;
 }
 
-/* Write a flow or queue report, or count why not. Returns true when it was written. */
-static __always_inline bool write_report(struct __sk_buff *skb, const struct config *config, __u32 side,
-					 const struct policy *policy, const struct observation *seen,
-					 const struct packet_offsets *offsets, __u64 egress_ns, __u32 flags,
-					 struct watchlist_counters *counters)
+static __always_inline __u32 fingerprint_packet(struct __sk_buff *skb, const struct config *config,
+						struct scratch *scratch)
 {
-	const struct collector *collector = collector_of(side, policy->collector);
-	struct record record = {};
-	enum reserve_result result;
-	__u32 bytes;
-
-	if (!collector)
-		return false;
-	if (unlikely(config->hold)) {
-		counters->suppressed++;
-		return false;
-	}
-	result = reserve_record(RING_FLOW, policy->collector, collector, egress_ns, &record);
-	if (result == RESERVE_RATE_LIMITED) {
-		counters->rate_limited++;
-		return false;
-	}
-	if (result == RESERVE_RING_FULL) {
-		counters->ring_full++;
-		return false;
-	}
-	put_v05_local(&record, config, flags, seen->ingress_ns, egress_ns,
-		      attached_port_id(config, seen->ingress_ifindex), attached_port_id(config, seen->egress_ifindex));
-	bytes = put_snapshot(skb, record.bytes + V05_LOCAL_BYTES, collector->snap_length);
-	if (seen->translated)
-		restore_tuple(record.bytes + V05_LOCAL_BYTES, bytes, seen->key, offsets);
-	commit_record(&record, V05_LOCAL_BYTES + bytes);
-	counters->reported++;
-	return true;
-}
-
-/* Decide on a watched packet that was forwarded, sent or delivered; every path counts exactly one outcome. */
-static __always_inline void observe(struct __sk_buff *skb, const struct config *config, __u32 side, __u16 watchlist,
-				    const struct observation *seen, const struct packet_offsets *offsets)
-{
-	struct watchlist_counters *counters = counters_of(COUNTERS_TC, watchlist);
-	const struct policy *policy = policy_of(side, watchlist);
-	__u64 hash = flow_hash(seen->key), now = seen->egress_ns, latency_ns;
-	struct flow_state state;
-	struct flow *flow;
-	__u32 due;
-	bool known, congested;
-
-	if (!counters || !policy)
-		return;
-	if (unlikely(!(policy->events & (EVENT_FLOW | EVENT_QUEUE)))) {
-		counters->not_asked++;
-		return;
-	}
-	if (unlikely(!is_sampled(hash, policy->sample))) {
-		counters->sampled_out++;
-		return;
-	}
-	flow = find_flow(hash, &known);
-	if (!flow)
-		return;
-	if (!now && !needs_latency(policy) && is_nothing_new(flow, known, policy, seen->ingress_ns, seen->egress_ifindex)) {
-		counters->suppressed++;
-		return;
-	}
-	if (!now)
-		now = bpf_ktime_get_ns();
-	latency_ns = now - seen->ingress_ns;
-	congested = policy->congestion_latency_ns && latency_ns >= policy->congestion_latency_ns;
-	state = flow_state_of(latency_ns, seen->egress_ifindex, congested);
-	due = due_events(flow, known, policy, now, state);
-	if (likely(!due)) {
-		counters->suppressed++;
-		return;
-	}
-	if (write_report(skb, config, side, policy, seen, offsets, now,
-			 ((due & EVENT_FLOW) ? V05_F : 0) | (congested ? V05_Q : 0), counters))
-		remember_flow(flow, known, hash, now, state, COUNT_FLOW_EVICTED);
-}
-
-/* True if a socket of this namespace takes the packet: the address is ours and, for TCP and UDP, a socket is there. */
-static __always_inline bool is_delivered_here(struct __sk_buff *skb, const struct flow_key *key)
-{
-	struct bpf_sock_tuple tuple = {};
-	struct bpf_sock *sock = NULL;
-	__u32 tuple_bytes;
-
-	if (!is_local_address(key))
-		return false;
-	if (key->no_ports || (key->protocol != PROTO_TCP && key->protocol != PROTO_UDP))
-		return true;
-	if (key->family == 4) {
-		tuple.ipv4.saddr = key->source[0];
-		tuple.ipv4.daddr = key->destination[0];
-		tuple.ipv4.sport = bpf_htons(key->source_port);
-		tuple.ipv4.dport = bpf_htons(key->destination_port);
-		tuple_bytes = sizeof(tuple.ipv4);
-	} else {
-		__builtin_memcpy(tuple.ipv6.saddr, key->source, 16);
-		__builtin_memcpy(tuple.ipv6.daddr, key->destination, 16);
-		tuple.ipv6.sport = bpf_htons(key->source_port);
-		tuple.ipv6.dport = bpf_htons(key->destination_port);
-		tuple_bytes = sizeof(tuple.ipv6);
-	}
-	if (key->protocol == PROTO_TCP)
-		sock = bpf_sk_lookup_tcp(skb, &tuple, tuple_bytes, CURRENT_NETNS, 0);
-	else
-		sock = bpf_sk_lookup_udp(skb, &tuple, tuple_bytes, CURRENT_NETNS, 0);
-	if (!sock)
-		return false;
-	bpf_sk_release(sock);
-	return true;
+	/* through memory: the verifier forgets which way through the parser led here, and walks what follows once */
+	barrier();
+	return packet_fingerprint((const __u8 *)(long)skb->data, (const __u8 *)(long)skb->data_end, &scratch->key,
+				  &scratch->offsets, &config->tunnels);
 }
 
 /* A watched packet for which no slot could be had: its way through the host cannot be followed. */
@@ -175,14 +69,13 @@ int ingress(struct __sk_buff *skb)
 	struct verdict verdict = {};
 	__u64 address, generation, now;
 	__u32 flags = 0;
-	__u16 watchlist, tag;
-	bool delivered;
+	__u16 watchlist;
 	int parsed;
 
 	if (unlikely(!config || !config->enabled || !scratch))
 		return TC_ACT_UNSPEC;
 	generation = live_generation();
-	parsed = parse_packet(skb, config, scratch);
+	parsed = parse_packet(skb, scratch, generation);
 	if (likely(parsed == 0))
 		flags = classify(&scratch->key, scratch, &verdict, side_of(generation), true);
 	else
@@ -192,28 +85,18 @@ int ingress(struct __sk_buff *skb)
 		release_slots(address);
 		return TC_ACT_UNSPEC;
 	}
+	scratch->fingerprint = fingerprint_packet(skb, config, scratch);
+	if (unlikely(is_report(skb, &scratch->key, &scratch->offsets))) {
+		release_slots(address);
+		return TC_ACT_UNSPEC;
+	}
 	now = bpf_ktime_get_ns();
 	/* 0: in no rule yet, but NAT may still make it match */
 	watchlist = verdict.action == ACTION_REPORT ? verdict.watchlist : 0;
-	delivered = watchlist && is_delivered_here(skb, &scratch->key);
 	if (watchlist)
 		count_watched(counters_of(COUNTERS_TC, watchlist), 1);
-	tag = take_slot(owner_word(address, watchlist, delivered ? SLOT_DELIVERED : SLOT_PENDING), now, skb->ifindex,
-			generation, &scratch->key);
-	if (likely(tag))
-		skb->tc_index = tag;
-	else if (!delivered)
+	if (unlikely(!take_slot(owner_word(address, watchlist, SLOT_PENDING), now, skb->ifindex, scratch)))
 		count_unfollowed(watchlist);
-	if (unlikely(delivered)) {
-		struct observation seen = {
-			.key = &scratch->key,
-			.ingress_ns = now,
-			.egress_ns = now,
-			.ingress_ifindex = skb->ifindex,
-		};
-
-		observe(skb, config, side_of(generation), watchlist, &seen, &scratch->offsets);
-	}
 	return TC_ACT_UNSPEC;
 }
 
@@ -235,8 +118,7 @@ static __always_inline void judge_departure(struct scratch *scratch, const struc
 	__u16 watched_for = owner_watchlist(leaving->owner);
 	struct verdict verdict = {};
 
-	if (likely(leaving->owner && parsed && slot->generation == (__u16)leaving->generation &&
-		   is_same_tuple(&scratch->key, &slot->key))) {
+	if (likely(leaving->owner && parsed && is_same_tuple(&scratch->key, &slot->key))) {
 		leaving->watchlist = watched_for;
 		return;
 	}
@@ -250,21 +132,28 @@ static __always_inline void judge_departure(struct scratch *scratch, const struc
 		scratch->arrived = slot->key;
 }
 
-/* Whether a slot that carries the packet's address is this packet's, still waiting for its outcome. */
-static __always_inline bool is_departing(struct __sk_buff *skb, struct slot *slot, __u64 owner, bool parsed,
-					 const struct scratch *scratch)
+/* Whether a slot that carries the packet's address is this packet's; if it is another's, that one is given up. */
+static __always_inline bool is_departing(struct slot *slot, __u64 owner, bool parsed, const struct scratch *scratch)
 {
-	enum proof proof = proof_of(slot, (__u16)skb->tc_index, skb->ingress_ifindex);
+	if (likely(parsed && slot->fingerprint == scratch->fingerprint &&
+		   (is_same_tuple(&scratch->key, &slot->key) || !is_reversed(&scratch->key, &slot->key))))
+		return true;
+	disown_slot(slot, owner);
+	return false;
+}
 
-	/* an equal tag may be chance, one time in 16,384 */
-	if (unlikely(parsed && !may_be_same_packet(&scratch->key, &slot->key)))
-		proof = PROOF_NONE;
-	if (unlikely(proof != PROOF_TAG) &&
-	    (proof == PROOF_NONE || !(parsed && shares_a_side(&scratch->key, &slot->key)))) {
-		disown_slot(slot, owner);
+/*
+ * Whether a packet whose slot says that it has left already passes one more of our hooks. A packet that the host sends
+ * may be like one before it in every byte, and have its address: it leaves by the same interface.
+ */
+static __always_inline bool has_left(const struct __sk_buff *skb, const struct slot *slot, __u64 owner,
+				     const struct scratch *scratch)
+{
+	if (skb->ingress_ifindex)
+		return true;
+	if (owner_state(owner) == SLOT_DELIVERED || !is_same_tuple(&scratch->key, &slot->key))
 		return false;
-	}
-	return true;
+	return owner_state(owner) == SLOT_EGRESSED || slot->ifindex != skb->ifindex;
 }
 
 int egress(struct __sk_buff *skb)
@@ -275,13 +164,12 @@ int egress(struct __sk_buff *skb)
 	struct observation seen = {};
 	struct slot *slot;
 	__u64 address, owner;
-	__u16 tag;
 	bool parsed;
 
 	if (unlikely(!config || !config->enabled || !scratch))
 		return TC_ACT_UNSPEC;
 	address = packet_address(skb, scratch);
-	slot = find_slot(address, (__u16)skb->tc_index);
+	slot = find_slot(address);
 	if (!slot)
 		return TC_ACT_UNSPEC;
 	owner = READ_ONCE(slot->owner);
@@ -291,15 +179,18 @@ int egress(struct __sk_buff *skb)
 			return TC_ACT_UNSPEC;
 		owner = 0;
 	}
-	parsed = parse_packet(skb, config, scratch) == 0;
-	if (likely(owner && is_departing(skb, slot, owner, parsed, scratch))) {
-		if (unlikely(owner_state(owner) != SLOT_PENDING))
+	leaving.generation = live_generation();
+	parsed = parse_packet(skb, scratch, leaving.generation) == 0;
+	if (likely(parsed))
+		scratch->fingerprint = fingerprint_packet(skb, config, scratch);
+	if (likely(owner && is_departing(slot, owner, parsed, scratch))) {
+		if (likely(owner_state(owner) == SLOT_PENDING))
+			leaving.owner = owner;
+		else if (has_left(skb, slot, owner, scratch))
 			return TC_ACT_UNSPEC;
-		leaving.owner = owner;
 	} else if (skb->ingress_ifindex || !parsed) {
 		return TC_ACT_UNSPEC;
 	}
-	leaving.generation = live_generation();
 	judge_departure(scratch, slot, parsed, &leaving);
 	seen.key = leaving.translated ? &scratch->arrived : &scratch->key;
 	seen.translated = leaving.translated;
@@ -317,22 +208,40 @@ int egress(struct __sk_buff *skb)
 			return TC_ACT_UNSPEC;
 		move_count(COUNTERS_TC, owner_watchlist(leaving.owner), leaving.watchlist);
 	} else if (leaving.watchlist) {
+		if (unlikely(is_sent_by_agent(skb) || is_report(skb, &scratch->key, &scratch->offsets)))
+			return TC_ACT_UNSPEC;
 		/* sent by the host: one observation point, no latency; the slot is for drops in the egress queue */
 		seen.egress_ns = seen.ingress_ns = bpf_ktime_get_ns();
 		count_watched(counters_of(COUNTERS_TC, leaving.watchlist), 1);
-		tag = take_slot(owner_word(address, leaving.watchlist, SLOT_EGRESSED), seen.ingress_ns, 0,
-				leaving.generation, &scratch->key);
-		if (tag)
-			skb->tc_index = tag;
+		take_slot(owner_word(address, leaving.watchlist, SLOT_SENT), seen.ingress_ns, skb->ifindex, scratch);
 	}
 	if (leaving.watchlist)
-		observe(skb, config, side_of(leaving.generation), leaving.watchlist, &seen, &scratch->offsets);
+		observe((struct packet_source){.context = skb}, config, side_of(leaving.generation), leaving.watchlist,
+			&seen, scratch);
 	return TC_ACT_UNSPEC;
 }
 
 #endif
 
 #ifndef WITHOUT_DROP
+int deliver(struct __sk_buff *skb)
+{
+	struct scratch *scratch = scratch_of(SCRATCH_TC);
+
+	if (scratch)
+		observe_delivery(packet_address(skb, scratch), skb, scratch);
+	return CGROUP_PASS;
+}
+
+int local_in(struct bpf_netfilter_args *args)
+{
+	struct scratch *scratch = scratch_of(SCRATCH_TC);
+
+	if (scratch)
+		observe_delivery(packet_address((void *)args->skb, scratch), NULL, scratch);
+	return NETFILTER_ACCEPT;
+}
+
 int drop(struct bpf_raw_tracepoint_args *ctx)
 {
 	__u64 address = ctx->args[0];

@@ -21,10 +21,6 @@ PINNED_ARRAY(rate_windows, struct rate_window, MAX_COLLECTORS);
 PINNED_ARRAY(drop_reasons, struct drop_reason, DROP_REASONS);
 /* ifindex -> 16-bit port id of the reports */
 PINNED_HASH(ports, __u32, __u64, 8192);
-/* addresses of the host itself */
-PINNED_HASH(local_addresses, struct address, __u64, 4096);
-/* a bit for each hash of such an address: see local.h */
-PINNED_ARRAY(local_filter, __u64, NR_LOCAL_FILTER_WORDS);
 /* sequence numbers: index = ring * MAX_COLLECTORS + collector, ring = CPU * RINGS_PER_CPU + kind */
 PINNED_MMAPABLE(sequences, __u64, NR_RINGS * MAX_COLLECTORS);
 /* the rings: index = ring * RING_RECORDS + (position & (RING_RECORDS - 1)) */
@@ -33,6 +29,8 @@ PINNED_MMAPABLE(report_iovs, struct report_iov, NR_RECORDS);
 PINNED_MMAPABLE(report_collectors, __u64, NR_RECORDS);
 PINNED_MMAPABLE(ring_heads, struct ring_position, NR_RINGS);
 PINNED_MMAPABLE(ring_tails, struct ring_position, NR_RINGS);
+/* cookies of the agent's sending sockets: what they send is never watched */
+PINNED_HASH(own_sockets, __u64, __u64, 256);
 /* what the agent waits on while it is asleep; nothing in it is read */
 PINNED_RINGBUF(bell, 1);
 /* sent and failed reports per collector, kept by the exporter over its own restarts: {sent, failed} */

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only */
 /*
- * From bytes to a tuple: Ethernet, up to two VLAN tags, IPv4 with options, IPv6 with up to six extension headers, ports or
- * ICMP type and code. Pure: reads between two pointers and nothing else, so gcc compiles it for the tests as well.
- * Tunnels are not decoded, but for the print of the packet inside. Headers are read in words whatever their alignment: the machines that bcc runs on can, and a
- * copy byte by byte costs an IPv6 packet 10 ns.
+ * From bytes to a tuple: Ethernet, up to two VLAN tags, IPv4 with options, IPv6 with up to six extension headers, ports
+ * or ICMP type and code. Pure: reads between two pointers and nothing else, so the tests compile it with gcc. Tunnels
+ * are not decoded. Headers are read in words whatever their alignment: the machines that bcc runs on can do that, and
+ * copying byte by byte costs an IPv6 packet 10 ns.
  */
 #pragma once
 #include "types.h"
@@ -19,12 +19,7 @@
 #define ETHERTYPE_QINQ 0x88a8
 #define IPV4_MIN_BYTES 20
 #define IPV6_BYTES 40
-#define IPV6_FLOW_LABEL __builtin_bswap32(0xfffff)
-#define UDP_BYTES 8
-#define TUNNEL_HEADER_BYTES 8 /* of VXLAN (RFC 7348), and of Geneve without options (RFC 8926) */
-#define GENEVE_OPTION_WORDS 0x3f
 #define MAX_EXTENSION_HEADERS 6
-#define PRINT_MIX 0x9e3779b97f4a7c15ULL
 /* no header we look for starts beyond; gives the verifier a bound */
 #define MAX_HEADER_OFFSET 1600
 
@@ -44,20 +39,22 @@
 #define PROTO_SCTP 132
 #define PROTO_MOBILITY 135
 
-/* Where the headers were found, in bytes from the start of the frame; transport 0: none. */
+/* Where the headers were found, in bytes from the start of the frame. */
 struct packet_offsets {
 	__u16 network;
-	__u16 transport;
+	__u16 payload;   /* what follows the IP headers, whatever it is */
+	__u16 fragment;  /* IPv6 fragment header; 0: none */
+	__u16 transport; /* ports, or ICMP type and code; 0: none */
+	__u16 inner;	 /* IP header inside a tunnel, see fingerprint.h; 0: none */
 };
 
-/* What of a tuple is not an address; written in one store. */
+/* The part of a tuple that is not an address; written in one store. */
 struct tuple_rest {
 	__u16 source_port;
 	__u16 destination_port;
 	__u8 protocol;
 	__u8 family;
 	__u8 no_ports;
-	__u32 own; /* what of the packet packet_print is made of */
 };
 
 static __always_inline __u32 read_be16(const __u8 *bytes)
@@ -72,45 +69,6 @@ static __always_inline int is_extension_header(__u8 protocol)
 }
 
 /*
- * Some bits of what stays the same while a host forwards a packet, whatever NAT does to it, and differs from packet to packet
- * of a flow: the IPv4 identification, or IPv6 flow label and fragment identification, with what transport_print_of tells;
- * of a tunnel's packet those of the one inside, before it goes into the tunnel and after it has left it. They tell apart
- * packets whose tags are equal by chance.
- */
-static __always_inline __u8 packet_print(__u32 own)
-{
-	return (own * 0x9e3779b1U) >> 24;
-}
-
-/*
- * The same of what is behind the addresses: the sequence number of TCP or of an ICMP echo, the TSN of SCTP, the length of UDP and 16
- * bytes of its payload. Lengths are those that the headers tell: a short frame has padding when it comes, and none when it leaves.
- */
-static __always_inline __u32 transport_print_of(__u8 protocol, const __u8 *transport, const __u8 *end)
-{
-	const __u64 *payload = (const __u64 *)(transport + UDP_BYTES);
-	__u64 mixed;
-	__u32 own;
-
-	if (transport + 8 > end)
-		return 0;
-	if (protocol == PROTO_TCP)
-		return *(const __be32 *)(transport + 4);
-	if (protocol == PROTO_ICMP || protocol == PROTO_ICMPV6)
-		return *(const __be16 *)(transport + 6);
-	if (protocol == PROTO_SCTP)
-		return transport + 20 > end ? 0 : *(const __be32 *)(transport + 16);
-	if (protocol != PROTO_UDP)
-		return 0;
-	own = *(const __be16 *)(transport + 4);
-	if (read_be16(transport + 4) < UDP_BYTES + 16 || (const __u8 *)(payload + 2) > end)
-		return own;
-	/* a number that is there twice must not cancel itself out */
-	mixed = payload[0] * PRINT_MIX + payload[1];
-	return own ^ (__u32)mixed ^ (__u32)(mixed >> 32);
-}
-
-/*
  * A tuple is compared and copied in words of 64 bits right after it was written, so it is written in such words: a load
  * that spans several younger stores waits until they have left the store buffer.
  */
@@ -118,7 +76,7 @@ static __always_inline void write_rest(struct flow_key *key, const struct tuple_
 {
 	*(__u64 *)&key->source_port = (__u64)rest->source_port | ((__u64)rest->destination_port << 16) |
 				      ((__u64)rest->protocol << 32) | ((__u64)rest->family << 40) |
-				      ((__u64)rest->no_ports << 48) | ((__u64)packet_print(rest->own) << 56);
+				      ((__u64)rest->no_ports << 48);
 }
 
 static __always_inline void write_addresses4(struct flow_key *key, const __u8 *ip)
@@ -157,13 +115,12 @@ static __always_inline int parse_ipv4(const __u8 *data, const __u8 *end, __u32 o
 	rest->family = 4;
 	rest->protocol = ip[9];
 	rest->no_ports = (read_be16(ip + 6) & 0x1fff) != 0;
-	rest->own = *(const __be16 *)(ip + 4);
 	return offset + header_bytes;
 }
 
 /* IPv6 header and its extension headers at data + offset. Returns the offset of what follows, or a negative error. */
 static __always_inline int parse_ipv6(const __u8 *data, const __u8 *end, __u32 offset, struct flow_key *key,
-				      struct tuple_rest *rest)
+				      struct tuple_rest *rest, __u16 *fragment)
 {
 	const __u8 *ip = data + offset;
 	__u8 protocol;
@@ -173,7 +130,6 @@ static __always_inline int parse_ipv6(const __u8 *data, const __u8 *end, __u32 o
 	write_addresses6(key, ip);
 	rest->family = 6;
 	rest->no_ports = 0;
-	rest->own = *(const __be32 *)ip & IPV6_FLOW_LABEL;
 	protocol = ip[6];
 	offset += IPV6_BYTES;
 #pragma unroll
@@ -189,8 +145,8 @@ static __always_inline int parse_ipv6(const __u8 *data, const __u8 *end, __u32 o
 		}
 		following = header[0];
 		if (protocol == PROTO_FRAGMENT) {
+			*fragment = (__u16)offset;
 			offset += 8;
-			rest->own ^= *(const __be32 *)(header + 4);
 			if (read_be16(header + 2) & 0xfff8)
 				rest->no_ports = 1;
 		} else if (protocol == PROTO_AUTH) {
@@ -209,67 +165,10 @@ static __always_inline int parse_ipv6(const __u8 *data, const __u8 *end, __u32 o
 }
 
 /*
- * What of a packet inside a tunnel its print is made of, as parse_ipv4, parse_ipv6 and parse_transport would find it once it is
- * outside. Of IPv6 extension headers only a fragment header is followed: with others in front the prints differ.
- */
-static __always_inline void read_inner(const __u8 *ip, const __u8 *end, __u32 *own)
-{
-	const __u8 *transport;
-	__u8 protocol;
-	__u32 found;
-
-	if (ip + IPV4_MIN_BYTES > end)
-		return;
-	if (ip[0] >> 4 == 4) {
-		found = *(const __be16 *)(ip + 4);
-		protocol = read_be16(ip + 6) & 0x1fff ? 0 : ip[9];
-		transport = ip + (ip[0] & 15) * 4;
-	} else {
-		if (ip + IPV6_BYTES > end || ip[0] >> 4 != 6)
-			return;
-		found = *(const __be32 *)ip & IPV6_FLOW_LABEL;
-		protocol = ip[6];
-		transport = ip + IPV6_BYTES;
-		if (protocol == PROTO_FRAGMENT && transport + 8 <= end) {
-			found ^= *(const __be32 *)(transport + 4);
-			protocol = read_be16(transport + 2) & 0xfff8 ? 0 : transport[0];
-			transport += 8;
-		}
-	}
-	*own = found ^ transport_print_of(protocol, transport, end);
-}
-
-/* Of a VXLAN port there may be fewer than three: the others are 0, to which nothing is sent, and all would read the same. */
-static __always_inline int is_tunnel_port(__u16 port, const struct tunnel_ports *tunnels)
-{
-	return port == tunnels->geneve || port == tunnels->vxlan[0] || port == tunnels->vxlan[1] ||
-	       port == tunnels->vxlan[2];
-}
-
-/* The same of an Ethernet frame inside a UDP datagram, if its port is one of our tunnels. */
-static __always_inline void read_inner_of_udp(const __u8 *udp, const __u8 *end, __u16 port,
-					      const struct tunnel_ports *tunnels, __u32 *own)
-{
-	const __u8 *frame = udp + UDP_BYTES + TUNNEL_HEADER_BYTES;
-	__u32 type;
-
-	if (!is_tunnel_port(port, tunnels) || frame > end)
-		return;
-	if (port == tunnels->geneve)
-		frame += (udp[UDP_BYTES] & GENEVE_OPTION_WORDS) * 4;
-	if (frame + ETHERNET_HEADER_BYTES > end)
-		return;
-	type = read_be16(frame + 12);
-	if (type == ETHERTYPE_IPV4 || type == ETHERTYPE_IPV6)
-		read_inner(frame + ETHERNET_HEADER_BYTES, end, own);
-}
-
-/*
  * Ports, or ICMP type and code, at data + offset; without them the packet only matches rules without ports. Returns the
  * offset, or 0 if there are none.
  */
-static __always_inline __u32 parse_transport(const __u8 *data, const __u8 *end, __u32 offset,
-					     const struct tunnel_ports *tunnels, struct tuple_rest *rest)
+static __always_inline __u32 parse_transport(const __u8 *data, const __u8 *end, __u32 offset, struct tuple_rest *rest)
 {
 	const __u8 *transport = data + offset;
 	__u8 protocol = rest->protocol;
@@ -281,30 +180,51 @@ static __always_inline __u32 parse_transport(const __u8 *data, const __u8 *end, 
 			return 0;
 		rest->source_port = read_be16(transport);
 		rest->destination_port = read_be16(transport + 2);
-		rest->own ^= transport_print_of(protocol, transport, end);
-		if (protocol == PROTO_UDP)
-			read_inner_of_udp(transport, end, rest->destination_port, tunnels, &rest->own);
 		return offset;
 	}
 	if (protocol == PROTO_ICMP || protocol == PROTO_ICMPV6) {
 		if (transport + 2 > end)
 			return 0;
 		rest->destination_port = read_be16(transport);
-		rest->own ^= transport_print_of(protocol, transport, end);
 		return offset;
 	}
-	if (protocol == PROTO_IPV4 || protocol == PROTO_IPV6)
-		read_inner(transport, end, &rest->own);
+	return 0;
+}
+
+/* An IP packet at data + network, of an Ethernet type. Fills key and offsets; 0, PARSE_NOT_IP or PARSE_TRUNCATED. */
+static __always_inline int parse_network(const __u8 *data, const __u8 *end, __u32 network, __u32 type,
+					 struct flow_key *key, struct packet_offsets *offsets)
+{
+	struct tuple_rest rest = {};
+	__u16 fragment = 0;
+	__u32 transport;
+	int next;
+
+	if (type == ETHERTYPE_IPV4)
+		next = parse_ipv4(data, end, network, key, &rest);
+	else if (type == ETHERTYPE_IPV6)
+		next = parse_ipv6(data, end, network, key, &rest, &fragment);
+	else
+		return PARSE_NOT_IP;
+	if (next < 0)
+		return next;
+	transport = parse_transport(data, end, (__u32)next, &rest);
+	if (!transport)
+		rest.no_ports = 1;
+	write_rest(key, &rest);
+	offsets->network = (__u16)network;
+	offsets->payload = (__u16)next;
+	offsets->fragment = fragment;
+	offsets->transport = (__u16)transport;
+	offsets->inner = 0;
 	return 0;
 }
 
 /* A frame from data to end. Fills key and offsets; 0, PARSE_NOT_IP or PARSE_TRUNCATED. */
-static __always_inline int parse_frame(const __u8 *data, const __u8 *end, const struct tunnel_ports *tunnels,
-				       struct flow_key *key, struct packet_offsets *offsets)
+static __always_inline int parse_frame(const __u8 *data, const __u8 *end, struct flow_key *key,
+				       struct packet_offsets *offsets)
 {
-	struct tuple_rest rest = {};
-	__u32 network = ETHERNET_HEADER_BYTES, transport, type;
-	int next;
+	__u32 network = ETHERNET_HEADER_BYTES, type;
 
 	if (data + ETHERNET_HEADER_BYTES > end)
 		return PARSE_TRUNCATED;
@@ -321,19 +241,5 @@ static __always_inline int parse_frame(const __u8 *data, const __u8 *end, const 
 			network += VLAN_TAG_BYTES;
 		}
 	}
-	if (type == ETHERTYPE_IPV4)
-		next = parse_ipv4(data, end, network, key, &rest);
-	else if (type == ETHERTYPE_IPV6)
-		next = parse_ipv6(data, end, network, key, &rest);
-	else
-		return PARSE_NOT_IP;
-	if (next < 0)
-		return next;
-	transport = parse_transport(data, end, (__u32)next, tunnels, &rest);
-	if (!transport)
-		rest.no_ports = 1;
-	write_rest(key, &rest);
-	offsets->network = (__u16)network;
-	offsets->transport = (__u16)transport;
-	return 0;
+	return parse_network(data, end, network, type, key, offsets);
 }

@@ -237,17 +237,71 @@ static __always_inline __u32 bounded(__u32 bytes)
 	return ((bytes - 1) & (SNAP_BYTES - 1)) + 1;
 }
 
-/* Copy the first bytes of the packet behind the report header; the number of bytes, 0 if none could be read. */
-static __always_inline __u32 put_snapshot(struct __sk_buff *skb, __u8 *to, __u32 snap_length)
+/* Copy the packet's bytes from an offset on behind the report header; the number of bytes, 0 if none could be read. */
+static __always_inline __u32 put_snapshot(struct __sk_buff *skb, __u32 from, __u8 *to, __u32 snap_length)
 {
-	__u32 bytes = skb->len < snap_length ? skb->len : snap_length;
+	__u32 bytes = skb->len - from < snap_length ? skb->len - from : snap_length;
 
 	if (bytes == 0 || bytes > SNAP_BYTES)
 		return 0;
 	bytes = bounded(bytes);
-	if (bpf_skb_load_bytes(skb, 0, to, bytes) < 0) {
+	if (bpf_skb_load_bytes(skb, from, to, bytes) < 0) {
 		count(COUNT_SNAPSHOT_FAILED);
 		return 0;
 	}
 	return bytes;
+}
+
+static __always_inline void put_ethernet_header(__u8 *to, const struct flow_key *key)
+{
+	__builtin_memset(to, 0, ETHERNET_HEADER_BYTES);
+	*(__be16 *)(to + ETHERNET_HEADER_BYTES - 2) =
+		key->family == 4 ? bpf_htons(ETHERTYPE_IPV4) : bpf_htons(ETHERTYPE_IPV6);
+}
+
+/* As restore_tuple, of a snapshot that begins with a plain Ethernet header. */
+static __always_inline void restore_plain_tuple(__u8 *packet, __u32 bytes, const struct flow_key *key,
+						struct packet_offsets *offsets)
+{
+	offsets->network = ETHERNET_HEADER_BYTES;
+	offsets->transport = ETHERNET_HEADER_BYTES +
+			     (key->family == 4 ? (packet[ETHERNET_HEADER_BYTES] & 15) * 4 : IPV6_BYTES);
+	/* through memory: what LLVM knows of it, and therefore leaves out, the verifier does not */
+	barrier();
+	restore_tuple(packet, bytes, key, offsets);
+}
+
+/* Headers that say no more than the tuple, of a packet whose own headers are gone; the number of bytes. */
+static __always_inline __u32 put_headers(__u8 *to, const struct flow_key *key)
+{
+	__u32 ip_bytes = key->family == 4 ? IPV4_MIN_BYTES : IPV6_BYTES;
+	__u8 *ip = to + ETHERNET_HEADER_BYTES;
+	__u8 *transport = ip + ip_bytes;
+
+	put_ethernet_header(to, key);
+	__builtin_memset(ip, 0, IPV6_BYTES + UDP_BYTES);
+	if (key->family == 4) {
+		__u64 sum = 0x4500 + IPV4_MIN_BYTES + UDP_BYTES + key->protocol;
+
+		ip[0] = 0x45;
+		ip[3] = IPV4_MIN_BYTES + UDP_BYTES;
+		ip[9] = key->protocol;
+		*(__be32 *)(ip + 12) = key->source[0];
+		*(__be32 *)(ip + 16) = key->destination[0];
+		sum = bpf_htons((__u16)sum);
+		sum += (__u64)key->source[0] + key->destination[0];
+		*(__u16 *)(ip + 10) = ~fold_sum(sum);
+	} else {
+		ip[0] = 0x60;
+		ip[5] = UDP_BYTES;
+		ip[6] = key->protocol;
+		__builtin_memcpy(ip + 8, key->source, 16);
+		__builtin_memcpy(ip + 24, key->destination, 16);
+	}
+	if (key->protocol == PROTO_UDP) {
+		*(__be16 *)transport = bpf_htons(key->source_port);
+		*(__be16 *)(transport + 2) = bpf_htons(key->destination_port);
+		transport[5] = UDP_BYTES;
+	}
+	return ETHERNET_HEADER_BYTES + ip_bytes + UDP_BYTES;
 }

@@ -10,13 +10,28 @@ enum scratch_user {
 	NR_SCRATCH = 2,
 };
 
+/* IP headers that were read from kernel memory. */
+struct kernel_headers {
+	__u64 seed;	/* of the fingerprint */
+	__u32 payload;	/* offset of what follows them */
+	__u32 l4_bytes; /* length of that, as the headers give it */
+	bool later_fragment;
+	bool unknown; /* more or longer extension headers than are read */
+};
+
 struct scratch {
 	__u64 address; /* of the packet */
 	__u64 busy;    /* the user's program is at work on this CPU */
 	struct flow_key key;     /* the tuple as the packet carries it */
 	struct flow_key arrived; /* as it came in */
 	struct packet_offsets offsets;
-	__u32 translated; /* 1: a dead packet no longer carries the tuple that it came with */
+	__u32 fingerprint;
+	__u32 translated; /* 1: the packet no longer carries the tuple that it came with */
+	/* read from kernel memory: see skb.h */
+	struct flow_key inner; /* inside a tunnel */
+	struct kernel_headers headers;
+	__u8 header[40] __attribute__((aligned(8)));
+	__u8 transport[24] __attribute__((aligned(8)));
 	/* classes, see classify.h */
 	__u32 source;
 	__u32 destination;

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only */
 /*
- * Slots tie a packet's ingress to its egress or its death. The index comes from the packet's address; an address alone
- * proves nothing, since the allocator hands a freed one to the next packet at once (often the reply). What proves it is
- * the tag that ingress left in tc_index, or, where a CNI's filter overwrote that, the ingress interface.
+ * Slots tie a packet's ingress to its egress, its delivery or its drop. The index comes from the packet's address. An
+ * address alone proves nothing, since the allocator hands a freed one to the next packet at once (often the reply): the
+ * fingerprint must be the same as well. Nothing is written into the packet or its metadata.
  *
  * A slot belongs to whom its owner word names: address of the packet, state, and the watchlist that counted it. All that
  * changes hands does so by compare-and-exchange of that word, so whatever CPUs do at the same time, the outcome of a
@@ -16,10 +16,6 @@
 /* Slab objects are 256 bytes apart, so neighbours get different slots. */
 #define SLOT_SHIFT 8
 #define SLOT_HASH 0x9e3779b1U
-/* a tag is this bit, the choice of the slot, and some bits of the arrival time */
-#define TAG_NEVER_ZERO 0x8000
-#define TAG_CHOICE_SHIFT 14
-#define TAG_TIME 0x3fff
 /* a packet that waits for longer is not waited for when another needs its slot */
 #define SLOT_PATIENCE_NS 1000000000ULL
 
@@ -65,6 +61,11 @@ static __always_inline enum slot_state owner_state(__u64 owner)
 	return owner & OWNER_STATE;
 }
 
+static __always_inline bool has_egressed(enum slot_state state)
+{
+	return state == SLOT_EGRESSED || state == SLOT_SENT;
+}
+
 static __always_inline __u16 owner_watchlist(__u64 owner)
 {
 	return owner >> OWNER_WATCHLIST_SHIFT;
@@ -76,51 +77,31 @@ static __always_inline bool is_owner(__u64 owner, __u64 address)
 	return ((owner ^ address) & OWNER_ADDRESS) == 0 && owner_state(owner) >= SLOT_PENDING;
 }
 
-/* What ingress leaves in tc_index: never 0, never what a classifier of tc would plausibly put there. */
-static __always_inline __u16 tag_of(__u64 now, __u32 choice)
-{
-	return ((now >> 5) & TAG_TIME) | (choice << TAG_CHOICE_SHIFT) | TAG_NEVER_ZERO;
-}
-
-
 /* Change the owner word; false if another CPU was first. */
 static __always_inline bool exchange_owner(struct slot *slot, __u64 seen, __u64 owner)
 {
 	return __sync_val_compare_and_swap(&slot->owner, seen, owner) == seen;
 }
 
-/* The slot that a packet may have left: its tag says which; without one, the slot that carries its address, if any does. */
-static __always_inline struct slot *find_slot(__u64 address, __u16 tc_index)
+/* The slot that carries a packet's address, if either does. */
+static __always_inline struct slot *find_slot(__u64 address)
 {
-	struct slot *slot;
+	struct slot *slot = slot_of(address, 0);
 
-	if (tc_index & TAG_NEVER_ZERO)
-		return slot_of(address, (tc_index >> TAG_CHOICE_SHIFT) & 1);
-	slot = slot_of(address, 0);
 	if (!slot || is_owner(READ_ONCE(slot->owner), address))
 		return slot;
 	return slot_of(address, 1);
 }
 
-enum proof {
-	PROOF_NONE = 0,
-	PROOF_INTERFACE = 1, /* the tag is gone, the ingress interface agrees: the tuple must agree as well */
-	PROOF_TAG = 2,
-};
-
-/*
- * Whether a packet found by its address is the one that left the slot. A tag that is another one says no, whatever the
- * interface says: what the kernel makes of a packet inside the node (segments, clones) inherits both.
- */
-static __always_inline enum proof proof_of(const struct slot *slot, __u16 tc_index, __u32 ingress_ifindex)
+/* The low bits of the classifier's generation become part of the tuple, in one store: see write_rest. */
+static __always_inline void set_generation(struct flow_key *key, __u64 generation)
 {
-	if (tc_index == slot->tag)
-		return PROOF_TAG;
-	if (tc_index & TAG_NEVER_ZERO)
-		return PROOF_NONE;
-	return ingress_ifindex && ingress_ifindex == slot->ifindex ? PROOF_INTERFACE : PROOF_NONE;
+	__u64 *rest = (__u64 *)&key->source_port;
+
+	*rest |= generation << 56;
 }
 
+/* The same tuple, judged by the same rules. */
 static __always_inline bool is_same_tuple(const struct flow_key *one, const struct flow_key *other)
 {
 	const __u64 *a = (const __u64 *)one, *b = (const __u64 *)other;
@@ -128,31 +109,13 @@ static __always_inline bool is_same_tuple(const struct flow_key *one, const stru
 	return a[0] == b[0] && a[1] == b[1] && a[2] == b[2] && a[3] == b[3] && a[4] == b[4];
 }
 
-/* NAT changes one side of a packet; one that has neither side in common is another packet. */
-static __always_inline bool shares_a_side(const struct flow_key *one, const struct flow_key *other)
+/* A reply may be alike in all that a fingerprint is made of (ICMPv6 echo), and often gets the memory of the request. */
+static __always_inline bool is_reversed(const struct flow_key *one, const struct flow_key *other)
 {
-	const __u64 *a = (const __u64 *)one->source, *b = (const __u64 *)other->source;
-	const __u64 *c = (const __u64 *)one->destination, *d = (const __u64 *)other->destination;
+	const __u64 *a = (const __u64 *)one->source, *b = (const __u64 *)other->destination;
+	const __u64 *c = (const __u64 *)one->destination, *d = (const __u64 *)other->source;
 
-	if (one->family != other->family || one->protocol != other->protocol)
-		return false;
-	return (a[0] == b[0] && a[1] == b[1]) || (c[0] == d[0] && c[1] == d[1]);
-}
-
-/* Whether a packet may carry another one that nobody can look into. */
-static __always_inline bool is_opaque(__u8 protocol)
-{
-	return protocol == PROTO_GRE || protocol == PROTO_ESP || protocol == PROTO_AUTH;
-}
-
-/*
- * False if a packet with this tuple cannot be the one that came in with the other, though its tag is the same. Where they have
- * no side in common NAT has changed both, or one is the other in a tunnel; of what cannot be looked into the tag alone speaks.
- */
-static __always_inline bool may_be_same_packet(const struct flow_key *one, const struct flow_key *other)
-{
-	return one->print == other->print ||
-	       ((is_opaque(one->protocol) || is_opaque(other->protocol)) && !shares_a_side(one, other));
+	return a[0] == b[0] && a[1] == b[1] && c[0] == d[0] && c[1] == d[1];
 }
 
 /*
@@ -249,29 +212,26 @@ static __always_inline __u32 choose_slot(__u64 address, __u64 now)
 }
 
 /*
- * Take one of the packet's slots and write who came in; `owner` is the word that it has from then on. Returns the tag for
- * tc_index, or 0 if another CPU is taking the same slot right now: this packet goes without.
+ * Take one of the packet's slots; `owner` is the word that it has from then on. Returns false if another CPU is taking the
+ * same slot right now: this packet goes without.
  */
-static __always_inline __u16 take_slot(__u64 owner, __u64 now, __u32 ifindex, __u16 generation,
-				       const struct flow_key *key)
+static __always_inline bool take_slot(__u64 owner, __u64 now, __u32 ifindex, const struct scratch *scratch)
 {
-	__u32 choice = choose_slot(owner, now);
-	struct slot *slot = slot_of(owner, choice);
+	struct slot *slot = slot_of(owner, choose_slot(owner, now));
 	__u64 seen;
 
 	if (!slot)
-		return 0;
+		return false;
 	seen = READ_ONCE(slot->owner);
 	if (unlikely(owner_state(seen) == SLOT_TAKEN))
-		return 0;
+		return false;
 	if (unlikely(!exchange_owner(slot, seen, owner_word(owner, 0, SLOT_TAKEN))))
-		return 0;
+		return false;
 	count_unresolved(seen);
 	slot->arrival_ns = now;
 	slot->ifindex = ifindex;
-	slot->tag = tag_of(now, choice);
-	slot->generation = generation;
-	slot->key = *key;
+	slot->fingerprint = scratch->fingerprint;
+	slot->key = scratch->key;
 	publish(&slot->owner, owner);
-	return tag_of(now, choice);
+	return true;
 }

@@ -16,7 +16,6 @@
 #define SNAP_BYTES 128     /* most of the inner packet that a report carries */
 #define DROP_REASONS 512   /* index: low 8 bits of the reason, +256 for any subsystem but the core */
 #define RINGS_PER_CPU 2
-#define NR_LOCAL_FILTER_WORDS 1024
 
 /* The rings of a CPU, and the hw id each writes under. */
 enum ring_kind {
@@ -49,7 +48,7 @@ struct flow_key {
 	__u8 protocol;
 	__u8 family; /* 4 or 6 */
 	__u8 no_ports; /* 1: later fragment, truncated header, or more extension headers than we follow */
-	__u8 print;    /* of what no hop changes and the next packet of the flow has otherwise: see packet_print */
+	__u8 generation; /* low bits of the classifier's that has judged the tuple: equal keys have the same verdict */
 };
 
 /* What the classifier says: 0 everywhere if no rule matched. */
@@ -63,8 +62,9 @@ enum slot_state {
 	SLOT_FREE = 0,
 	SLOT_TAKEN = 1,     /* a program is writing it */
 	SLOT_PENDING = 2,   /* came in, outcome not seen yet */
-	SLOT_DELIVERED = 3, /* reported as delivered to the host itself; may still be dropped there */
-	SLOT_EGRESSED = 4,  /* handed to the egress device; its queue may still drop it */
+	SLOT_DELIVERED = 3, /* taken by a socket of the host, or by the host; may still be dropped there */
+	SLOT_EGRESSED = 4,  /* handed to the egress device, whose queue may still drop it, or to a pod's socket */
+	SLOT_SENT = 5,	    /* the same, sent by the host itself */
 };
 
 /* The parts of slot.owner: enum slot_state, address of the packet, watchlist that counts it (0: none (yet)). */
@@ -76,9 +76,8 @@ enum slot_state {
 struct slot {
 	__u64 owner; /* see OWNER_STATE; 0: free */
 	__u64 arrival_ns;
-	__u32 ifindex; /* ingress interface; 0: sent by the host */
-	__u16 tag;
-	__u16 generation;    /* low bits of the classifier's, at arrival */
+	__u32 ifindex;	     /* ingress interface; of SLOT_SENT: egress interface */
+	__u32 fingerprint;   /* see fingerprint.h */
 	struct flow_key key; /* as it came in, before NAT */
 };
 
@@ -132,8 +131,6 @@ struct config {
 	__u32 enabled; /* 0: both hooks return at once */
 	struct tunnel_ports tunnels;
 	/* byte offsets in kernel structs, from BTF; 0 where the kernel has no such member */
-	__u32 skb_tc_index;
-	__u32 skb_iif;
 	__u32 skb_dev;
 	__u32 skb_head;
 	__u32 skb_tail;
@@ -141,6 +138,7 @@ struct config {
 	__u32 skb_network_header;
 	__u32 dev_ifindex;
 	__u32 dev_net;
+	__u32 dev_priv; /* what the driver keeps behind struct net_device */
 	__u32 net_cookie;
 	__u32 hold; /* 1: no reports yet, a datapath with other maps is still being replaced by this one */
 	__u32 port_is_ifindex; /* 1: no interface has a port id other than its index, and nobody needs to look it up */
@@ -179,11 +177,6 @@ struct ring_position {
 	__u64 value;
 	__u64 asleep; /* of a tail, 1: the agent looks rarely, and wants the bell rung when there is a report */
 	__u64 pad[6];
-};
-
-/* Key of local_addresses; IPv4 as IPv4-mapped IPv6. */
-struct address {
-	__be32 word[4];
 };
 
 /* Kept by the exporter, per collector. */

@@ -91,6 +91,7 @@ class Agent:
             directory,
             patterns=chosen.patterns,
             mode=chosen.mode,
+            cgroup=chosen.cgroup_root,
             on_change=self._attachments_changed,
             on_look=self._go_on_with_upgrade,
         )
@@ -230,6 +231,8 @@ class Agent:
         if state.failed:
             first = state.failed[0]
             return "AttachFailed", f"interface {first.interface.name}: {first.error}"
+        if state.delivery:
+            return "AttachFailed", f"packets that sockets take are not seen: {state.delivery}"
         if not state.attachments:
             return "NoInterfaces", "no interface of this node is watched"
         return None

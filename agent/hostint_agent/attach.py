@@ -13,7 +13,7 @@ from typing import Literal
 
 import structlog
 
-from hostint_agent import bpf_calls, clsact, interfaces, kernel, local_addresses
+from hostint_agent import bpf_calls, clsact, delivery, interfaces, kernel, loader
 
 Mode = Literal["auto", "tcx", "clsact"]
 DROP_TRACEPOINT = "kfree_skb"
@@ -48,6 +48,7 @@ class State:
 
     attachments: tuple[Attachment, ...] = ()
     error: str | None = None
+    delivery: str | None = None  # why it is not seen which packets sockets take
 
     @property
     def failed(self) -> tuple[Attachment, ...]:
@@ -229,17 +230,20 @@ class Attacher:
         *,
         patterns: interfaces.Patterns,
         mode: Mode,
+        cgroup: Path,
         on_change: Callable[[State], None],
         on_look: Callable[[State], bool] = lambda _: True,
     ) -> None:
-        """`directory` is `PIN/<build>` as the loader returned it. Raises bpf_calls.BpfError.
+        """`directory` is `PIN/<build>` as the loader returned it, `cgroup` as in delivery.cgroup_root.
+
+        Raises bpf_calls.BpfError.
 
         `on_look` is called after every look, in the thread that looked; False: look again soon.
         """
         self._links = pin_dir / "links"
         programs = {
             name: bpf_calls.Program.open(directory / "programs" / name)
-            for name in (*clsact.DIRECTIONS, "drop")
+            for name in loader.programs()
         }
         self._programs = programs
         if mode == "auto":
@@ -249,7 +253,7 @@ class Attacher:
         self._hooks = self._tcx if mode == "tcx" else clsact.Hooks(programs)
         self._drop = DropLink(self._links, programs["drop"])
         self._ports = Ports(directory / "maps")
-        self._local = local_addresses.LocalAddresses(directory / "maps")
+        self._delivery = delivery.DeliveryLinks(self._links, programs, cgroup)
         self._config = kernel.DatapathConfig(directory / "maps")
         self._patterns = patterns
         self._on_change, self._on_look = on_change, on_look
@@ -318,7 +322,7 @@ class Attacher:
             self._tell(state)
             self._state = state
             self._on_change(state)
-        trouble = not self._on_look(state) or state.error or state.failed
+        trouble = not self._on_look(state) or state.error or state.failed or state.delivery
         again = trouble and self._patience.spend()
         self._next_look = time.monotonic() + (_CHECK_INTERVAL_S if again else _LOOK_INTERVAL_S)
         return state
@@ -336,12 +340,20 @@ class Attacher:
         network = interfaces.read_network()
         chosen = interfaces.choose(network, self._patterns)
         ports = self._ports.assign(interface.ifindex for interface in chosen)
-        self._local.replace(network.local)
         self._config.set_tunnels(network.tunnel_ports("vxlan"), network.tunnel_ports("geneve"))
         self._drop.ensure()
+        unseen = self._attach_delivery()
         attachments = tuple(self._attach(i, ports[i.ifindex]) for i in chosen)
         self._hooks.keep_only(frozenset(interface.ifindex for interface in chosen))
-        return State(attachments)
+        return State(attachments, delivery=unseen)
+
+    def _attach_delivery(self) -> str | None:
+        """Attach what sees packets being taken; why that failed, if it did."""
+        try:
+            self._delivery.ensure()
+        except OSError as error:
+            return str(error)
+        return None
 
     def _attach(self, interface: interfaces.Interface, port: int) -> Attachment:
         method = self._hooks.method
@@ -368,6 +380,11 @@ class Attacher:
                 log.info("interface gone", iface=name, ifindex=ifindex)
         if state.error and state.error != self._state.error:
             log.warning("interfaces not read", error=state.error)
+        if state.delivery != self._state.delivery:
+            if state.delivery:
+                log.warning("delivery to sockets not seen", error=state.delivery)
+            else:
+                log.info("delivery to sockets seen")
 
     def _run(self) -> None:
         while not self._stopping:
@@ -382,7 +399,11 @@ class Attacher:
         if time.monotonic() >= self._next_look:
             return True
         begun = time.thread_time()
-        in_place = self._hooks.in_place() and self._drop.in_place()
+        in_place = (
+            self._hooks.in_place()
+            and self._drop.in_place()
+            and (bool(self._state.delivery) or self._delivery.in_place())
+        )
         cost_s = time.thread_time() - begun
         wanted = max(cost_s / _CHECK_SHARE, _CHECK_INTERVAL_S)
         self._check_interval_s = min(wanted, _MAX_CHECK_INTERVAL_S)

@@ -22,6 +22,7 @@ MAP_LOOKUP_ELEM = 1
 MAP_UPDATE_ELEM = 2
 MAP_DELETE_ELEM = 3
 MAP_GET_NEXT_KEY = 4
+PROG_LOAD = 5
 OBJ_PIN = 6
 OBJ_GET = 7
 PROG_TEST_RUN = 10
@@ -35,6 +36,9 @@ LINK_UPDATE = 29
 
 TCX_INGRESS = 46
 TCX_EGRESS = 47
+CGROUP_INET_INGRESS = 0
+NETFILTER = 45
+NF_INET_LOCAL_IN = 1
 TCX_TYPE = {"ingress": TCX_INGRESS, "egress": TCX_EGRESS}
 F_BEFORE = 8
 PERCPU_TYPES = frozenset({5, 6, 10, 21})
@@ -108,6 +112,29 @@ def _info(fd: int, size: int) -> bytes:
     return buffer.raw
 
 
+def prog_load(kind: int, code: bytes, what: str, attach_type: int = 0, btf_id: int = 0) -> int:
+    """Have the verifier check and the kernel load instructions; returns a descriptor. Raises BpfError."""
+    text = ctypes.create_string_buffer(code, len(code))
+    licence = ctypes.create_string_buffer(b"GPL")
+    attr = struct.pack(
+        "=IIQQIIQII16sIIIIQIIQII",
+        *(kind, len(code) // 8, ctypes.addressof(text), ctypes.addressof(licence)),
+        *(0, 0, 0, 0, 0, b"hostint_probe"),
+        *(0, attach_type, 0, 0, 0, 0, 0, 0, 0, btf_id),
+    )
+    return bpf(PROG_LOAD, attr, what)
+
+
+def instruction(code: int, dst: int = 0, src: int = 0, offset: int = 0, value: int = 0) -> bytes:
+    """Encode one instruction (struct bpf_insn)."""
+    return struct.pack("=BBhi", code, src << 4 | dst, offset, value)
+
+
+def return_instructions(value: int) -> bytes:
+    """Encode a program that returns a value."""
+    return instruction(0xB7, 0, value=value) + instruction(0x95)
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class ProgramInfo:
     """What the kernel tells of a loaded program (struct bpf_prog_info)."""
@@ -162,6 +189,18 @@ def tcx_link_create(program_fd: int, ifindex: int, attach_type: int) -> int:
     """
     attr = struct.pack("=IIIIIIQ", program_fd, ifindex, attach_type, F_BEFORE, 0, 0, 0)
     return bpf(LINK_CREATE, attr, f"tcx link on ifindex {ifindex}")
+
+
+def cgroup_link_create(program_fd: int, directory_fd: int, attach_type: int) -> int:
+    """Attach a program to a cgroup and all below it, beside the programs of others (as with BPF_F_ALLOW_MULTI)."""
+    attr = struct.pack("=IIIIIIQ", program_fd, directory_fd, attach_type, 0, 0, 0, 0)
+    return bpf(LINK_CREATE, attr, "cgroup link")
+
+
+def netfilter_link_create(program_fd: int, family: int, hook: int, priority: int) -> int:
+    """Attach a program to a netfilter hook of this network namespace (Linux 6.4)."""
+    attr = struct.pack("=IIIIIIiI", program_fd, 0, NETFILTER, 0, family, hook, priority, 0)
+    return bpf(LINK_CREATE, attr, "netfilter link")
 
 
 def link_update(link_fd: int, program_fd: int) -> None:

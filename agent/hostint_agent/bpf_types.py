@@ -14,7 +14,6 @@ SNAP_BYTES = 128
 DROP_REASONS = 512
 RINGS_PER_CPU = 2
 RATE_USED_BITS = 24
-NR_LOCAL_FILTER_WORDS = 1024
 
 
 class RingKind(enum.IntEnum):
@@ -57,7 +56,7 @@ class FlowKey(ctypes.Structure):
         ("protocol", ctypes.c_uint8),
         ("family", ctypes.c_uint8),
         ("no_ports", ctypes.c_uint8),
-        ("print", ctypes.c_uint8),
+        ("generation", ctypes.c_uint8),
     )
 
 
@@ -79,6 +78,7 @@ class SlotState(enum.IntEnum):
     PENDING = 2
     DELIVERED = 3
     EGRESSED = 4
+    SENT = 5
 
 
 OWNER_STATE = 0x7
@@ -93,8 +93,7 @@ class Slot(ctypes.Structure):
         ("owner", ctypes.c_uint64),
         ("arrival_ns", ctypes.c_uint64),
         ("ifindex", ctypes.c_uint32),
-        ("tag", ctypes.c_uint16),
-        ("generation", ctypes.c_uint16),
+        ("fingerprint", ctypes.c_uint32),
         ("key", FlowKey),
     )
 
@@ -160,8 +159,6 @@ class Config(ctypes.Structure):
         ("node_id", ctypes.c_uint32),
         ("enabled", ctypes.c_uint32),
         ("tunnels", TunnelPorts),
-        ("skb_tc_index", ctypes.c_uint32),
-        ("skb_iif", ctypes.c_uint32),
         ("skb_dev", ctypes.c_uint32),
         ("skb_head", ctypes.c_uint32),
         ("skb_tail", ctypes.c_uint32),
@@ -169,6 +166,7 @@ class Config(ctypes.Structure):
         ("skb_network_header", ctypes.c_uint32),
         ("dev_ifindex", ctypes.c_uint32),
         ("dev_net", ctypes.c_uint32),
+        ("dev_priv", ctypes.c_uint32),
         ("net_cookie", ctypes.c_uint32),
         ("hold", ctypes.c_uint32),
         ("port_is_ifindex", ctypes.c_uint32),
@@ -220,12 +218,6 @@ class RingPosition(ctypes.Structure):
         ("asleep", ctypes.c_uint64),
         ("pad", ctypes.c_uint64 * 6),
     )
-
-
-class Address(ctypes.Structure):
-    """Key of the map local_addresses."""
-
-    _fields_ = (("word", ctypes.c_uint32 * 4),)
 
 
 class ExportCounter(ctypes.Structure):

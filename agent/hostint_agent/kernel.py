@@ -19,6 +19,7 @@ REASON_PREFIX = "SKB_DROP_REASON_"
 _SO_NETNS_COOKIE = 71
 # the first interface of every network namespace
 _LOOPBACK = 1
+_NETDEV_ALIGN = 32
 _BTF_MAGIC = 0xEB9F
 _BTF_KIND_STRUCT = 4
 _BTF_KIND_ENUM = 6
@@ -46,10 +47,8 @@ class KernelError(Exception):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Offsets:
-    """Byte offsets of the kernel struct members that the drop program reads; names as in `struct config`."""
+    """Byte offsets of the kernel struct members that the programs read; names as in `struct config`."""
 
-    skb_tc_index: int
-    skb_iif: int
     skb_dev: int
     skb_head: int
     skb_tail: int
@@ -57,6 +56,7 @@ class Offsets:
     skb_network_header: int
     dev_ifindex: int
     dev_net: int
+    dev_priv: int
     net_cookie: int
 
 
@@ -122,6 +122,14 @@ class Btf:
                         found[name] = position
         return {name: dict(self._flatten(positions, at, 0)) for name, at in found.items()}
 
+    def size(self, name: str) -> int:
+        """Size of a struct in bytes; 0 if the kernel has none of that name."""
+        wanted = name.encode() + b"\0"
+        for position, offset, kind, members in self._types():
+            if kind == _BTF_KIND_STRUCT and members and self._named(offset, wanted):
+                return int(struct.unpack_from("<I", self._data, position + 8)[0])
+        return 0
+
     def _flatten(self, positions: list[int], position: int, base: int) -> Iterator[tuple[str, int]]:
         info = struct.unpack_from("<I", self._data, position + 4)[0]
         for index in range(info & 0xFFFF):
@@ -136,9 +144,14 @@ class Btf:
 
 @functools.cache
 def _types_of_interest() -> tuple[dict[str, dict[str, int]], dict[int, str]]:
-    """(members of the structs that the drop program reads, drop reasons): all that is kept of some megabytes."""
+    """(members of the structs that the programs read, drop reasons): all that is kept of some megabytes."""
     btf = Btf.of_running_kernel()
-    return btf.members(("sk_buff", "net_device", "net")), btf.enum("skb_drop_reason")
+    structs = btf.members(("sk_buff", "net_device", "net"))
+    if "net_device" in structs:
+        # before the member existed (Linux 6.10): netdev_priv()
+        size = btf.size("net_device")
+        structs["net_device"].setdefault("priv", -(-size // _NETDEV_ALIGN) * _NETDEV_ALIGN)
+    return structs, btf.enum("skb_drop_reason")
 
 
 def offsets() -> Offsets:
@@ -152,8 +165,6 @@ def offsets() -> Offsets:
             raise KernelError(f"struct {struct_name} of this kernel has no {member}") from None
 
     return Offsets(
-        skb_tc_index=offset("sk_buff", "tc_index"),
-        skb_iif=offset("sk_buff", "skb_iif"),
         skb_dev=offset("sk_buff", "dev"),
         skb_head=offset("sk_buff", "head"),
         skb_tail=offset("sk_buff", "tail"),
@@ -161,6 +172,7 @@ def offsets() -> Offsets:
         skb_network_header=offset("sk_buff", "network_header"),
         dev_ifindex=offset("net_device", "ifindex"),
         dev_net=offset("net_device", "nd_net"),
+        dev_priv=offset("net_device", "priv"),
         net_cookie=offset("net", "net_cookie"),
     )
 

@@ -11,6 +11,8 @@ one are loaded with its maps, which are then pinned in both places: nothing that
 import argparse
 import ctypes
 import dataclasses
+import errno
+import functools
 import hashlib
 import os
 import platform
@@ -25,7 +27,10 @@ from pathlib import Path
 
 from hostint_agent import bpf_calls
 
-PROGRAMS = ("ingress", "egress", "drop")
+PROGRAMS = ("ingress", "egress", "deliver", "local_in", "drop")
+# (type, attach type) of enum bpf_prog_type and enum bpf_attach_type; TC programs are all others
+_ACCEPT = bpf_calls.return_instructions(1)
+_TC_KIND, _KINDS = (3, -1), {"drop": (17, -1), "deliver": (8, -1), "local_in": (32, 45)}
 MAIN_SOURCE = "int_host.c"
 _BUILD = re.compile(r"[0-9a-f]{16}")
 _LAYOUT_DIGITS = 8
@@ -66,7 +71,7 @@ class _Programs:
 
 # compiled side by side; the first makes the maps, and is ready sooner
 _HALVES = (
-    _Programs(("drop",), "-DWITHOUT_TC"),
+    _Programs(("drop", "deliver", "local_in"), "-DWITHOUT_TC"),
     _Programs(("egress", "ingress"), "-DWITHOUT_DROP"),
 )
 
@@ -166,9 +171,21 @@ def current(pin_dir: Path, bpf_dir: Path | None = None) -> Path:
 
 def _is_loaded(directory: Path, source: Source) -> bool:
     """True if `directory` holds every program and map: somebody may have removed some of them by hand."""
-    return all((directory / "programs" / name).exists() for name in PROGRAMS) and all(
+    return all((directory / "programs" / name).exists() for name in programs()) and all(
         (directory / "maps" / name).exists() for name in source.maps
     )
+
+
+@functools.cache
+def programs() -> tuple[str, ...]:
+    """Names of the programs that this kernel can load: netfilter programs came with Linux 6.4."""
+    kind, attach_type = _KINDS["local_in"]
+    try:
+        os.close(bpf_calls.prog_load(kind, _ACCEPT, "load a netfilter program", attach_type))
+    except bpf_calls.BpfError as error:
+        if error.errno == errno.EINVAL:
+            return tuple(name for name in PROGRAMS if name != "local_in")
+    return PROGRAMS
 
 
 def builds(pin_dir: Path) -> list[Path]:
@@ -319,11 +336,13 @@ class _Half:
         """Load and pin the programs, side by side: verifying takes the kernel a third of all the time."""
 
         def verify(name: str) -> None:
-            kind = self._bcc.BPF.RAW_TRACEPOINT if name == "drop" else self._bcc.BPF.SCHED_CLS
-            bpf_calls.obj_pin(self._module.load_func(name, kind).fd, partial / "programs" / name)
+            kind, attach_type = _KINDS.get(name, _TC_KIND)
+            loaded = self._module.load_func(name, kind, attach_type=attach_type)
+            bpf_calls.obj_pin(loaded.fd, partial / "programs" / name)
 
-        with futures.ThreadPoolExecutor(len(self._programs)) as threads:
-            list(threads.map(verify, self._programs))
+        names = [name for name in self._programs if name in programs()]
+        with futures.ThreadPoolExecutor(len(names)) as threads:
+            list(threads.map(verify, names))
 
 
 def _die_with(parent: int) -> None:

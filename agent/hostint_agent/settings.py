@@ -13,6 +13,7 @@ from hostint_agent import attach, interfaces, loader
 
 DEFAULT_PIN_DIR = "/sys/fs/bpf/hostint"
 DEFAULT_STATE_DIR = "/var/lib/hostint"
+DEFAULT_CGROUP_ROOT = "/sys/fs/cgroup"
 DEFAULT_HTTP = "0.0.0.0:9464"
 DEFAULT_STANDALONE_HTTP = "127.0.0.1:9464"
 LogFormat = Literal["auto", "json", "console"]
@@ -28,6 +29,7 @@ class Settings:
     pin_dir: Path
     bpf_dir: Path
     state_dir: Path
+    cgroup_root: Path
     http: tuple[str, int] | None
     patterns: interfaces.Patterns
     mode: attach.Mode
@@ -79,6 +81,13 @@ def add_options(parser: argparse.ArgumentParser, environment: Mapping[str, str])
         "HOSTINT_BPF_DIR",
         str(loader.default_bpf_dir()),
         "where the C sources are",
+        type=Path,
+    )
+    option(
+        "--cgroup-root",
+        "HOSTINT_CGROUP_ROOT",
+        DEFAULT_CGROUP_ROOT,
+        "the host's cgroup v2 hierarchy, for packets that sockets take",
         type=Path,
     )
     option("--log-level", "HOSTINT_LOG_LEVEL", "info", "debug, info, warning or error")
@@ -143,6 +152,7 @@ def from_options(options: argparse.Namespace) -> Settings:
         pin_dir=options.pin_dir,
         bpf_dir=options.bpf_dir,
         state_dir=options.state_dir,
+        cgroup_root=options.cgroup_root,
         http=options.http,
         patterns=interfaces.Patterns(options.include_interfaces, options.exclude_interfaces),
         mode=options.attach,

@@ -6,9 +6,11 @@ import re
 import socket
 from pathlib import Path
 
-from hostint_agent import attach, clsact, loader
+from hostint_agent import attach, clsact, delivery, loader
 
-_LINK = re.compile(rf"tcx-\d+-(ingress|egress)|{attach.DROP_TRACEPOINT}")
+_LINK = re.compile(
+    "|".join((r"tcx-\d+-(ingress|egress)", attach.DROP_TRACEPOINT, *delivery.LINK_PINS))
+)
 
 
 def unload(pin_dir: Path) -> list[str]:

@@ -29,13 +29,12 @@ static __always_inline __u64 told(__u32 flags, const struct verdict *verdict)
 int ingress(struct __sk_buff *skb)
 {
 	struct scratch *scratch = scratch_of(SCRATCH_TC);
-	struct tunnel_ports none = {};
 	struct verdict verdict = {};
 	__u32 flags;
 
 	if (!scratch)
 		return NOT_PARSED;
-	if (parse_frame((const __u8 *)(long)skb->data, (const __u8 *)(long)skb->data_end, &none, &scratch->key,
+	if (parse_frame((const __u8 *)(long)skb->data, (const __u8 *)(long)skb->data_end, &scratch->key,
 			&scratch->offsets) < 0)
 		return NOT_PARSED;
 	flags = classify(&scratch->key, scratch, &verdict, side_of(live_generation()), true);
@@ -66,6 +65,16 @@ int egress(struct __sk_buff *skb)
 	*cached = told(classify(&scratch->key, scratch, &verdict, side, true), &verdict);
 	*uncached = told(classify(&scratch->key, scratch, &again, side, false), &again);
 	return TC_ACT_UNSPEC;
+}
+
+int deliver(struct __sk_buff *skb)
+{
+	return 1;
+}
+
+int local_in(void *context)
+{
+	return 1;
 }
 
 int drop(struct bpf_raw_tracepoint_args *ctx)

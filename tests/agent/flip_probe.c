@@ -95,6 +95,16 @@ int egress(struct __sk_buff *skb)
 	return judge(false);
 }
 
+int deliver(struct __sk_buff *skb)
+{
+	return 1;
+}
+
+int local_in(void *context)
+{
+	return 1;
+}
+
 int drop(struct bpf_raw_tracepoint_args *ctx)
 {
 	return 0;

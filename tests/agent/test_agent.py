@@ -33,6 +33,7 @@ def chosen(pin_dir: Path, state_dir: Path, bpf_dir: Path | None = None) -> setti
         pin_dir=pin_dir,
         bpf_dir=bpf_dir or default_bpf_dir(),
         state_dir=state_dir,
+        cgroup_root=Path(settings.DEFAULT_CGROUP_ROOT),
         http=None,
         # no interface: nothing of this machine is touched
         patterns=interfaces.Patterns((), ("*",)),

@@ -194,7 +194,7 @@ _OLD_KERNEL = textwrap.dedent(
         forbid(bpf_calls._SYSCALL, [bpf_calls.LINK_CREATE, bpf_calls.PROG_QUERY])
     made = attach.Attacher(
         Path(sys.argv[1]), directory, patterns=interfaces.Patterns(include=("eth0",)), mode="auto",
-        on_change=lambda state: None,
+        cgroup=Path("/sys/fs/cgroup"), on_change=lambda state: None,
     )
     made.start()
     print([(a.interface.name, a.method, a.error) for a in made.state().attachments])

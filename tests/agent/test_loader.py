@@ -48,9 +48,9 @@ def test_what_only_programs_do_otherwise_goes_on_with_the_same_maps(tmp_path, na
     [
         ("maps.h", "#define MAPS_VERSION 1", "#define MAPS_VERSION 2"),
         ("types.h", "#define NR_SLOTS 65536", "#define NR_SLOTS 32768"),
-        ("types.h", "__u16 tag;\n", "__u16 mark;\n"),
+        ("types.h", "__u32 fingerprint;", "__u32 mark;"),
         ("types.h", "SLOT_PENDING = 2,", "SLOT_PENDING = 5,"),
-        ("slot.h", "#define TAG_CHOICE_SHIFT 14", "#define TAG_CHOICE_SHIFT 13"),
+        ("slot.h", "#define SLOT_SHIFT 8", "#define SLOT_SHIFT 7"),
         ("classify.h", "__u16 any_destination;\n", "__u16 any_destination;\n\t__u32 more;\n"),
         ("classify.h", "PINNED_MMAPABLE(class_words,", "PINNED_ARRAY(class_words,"),
     ],
@@ -121,14 +121,33 @@ def test_a_build_of_which_a_map_is_missing_is_not_gone_on_with(pin_dir, tmp_path
     [
         ("observe_drop(address,", "observe_drop(, address,", "compile"),
         (
+            "observe_delivery(packet_address(skb,",
+            "observe_delivery(, packet_address(skb,",
+            "compile",
+        ),
+        (
             "classify(&scratch->key, scratch, &verdict, side_of(generation)",
             "no_such_function(",
             "compile",
         ),
         ("WRITE_ONCE(scratch->busy, 1);", "scratch = NULL; WRITE_ONCE(scratch->busy, 1);", "drop"),
-        ("skb->tc_index = tag;\n\telse if", "skb->len = tag;\n\telse if", "ingress"),
+        (
+            "now = bpf_ktime_get_ns();\n\t/* 0: in no rule",
+            "skb->len = 1;\n\t/* 0: in no rule",
+            "ingress",
+        ),
+        ("return CGROUP_PASS;", "return 7;", "deliver"),
+        ("return NETFILTER_ACCEPT;", "return 7;", "local_in"),
     ],
-    ids=["compile drop", "compile TC", "verify drop", "verify TC"],
+    ids=[
+        "compile drop",
+        "compile deliver",
+        "compile TC",
+        "verify drop",
+        "verify TC",
+        "verify deliver",
+        "verify local_in",
+    ],
 )
 def test_a_program_that_cannot_be_loaded_is_told_and_nothing_is_left(
     pin_dir, tmp_path, old, new, words

@@ -19,6 +19,7 @@ from hostint_agent import attach, bpf_calls, interfaces, loader
 from tests.bench.figure import Figure
 from tests.bench.measure import Say
 from tests.bench.node import bpf_dir
+from tests.lab import datapath
 from tests.lab.namespace import Namespace, ip
 from tests.lab.topology import Lab
 
@@ -116,6 +117,7 @@ def _attach(node: Namespace, pins: Path, directory: Path) -> _Attached:
             directory,
             patterns=interfaces.Patterns(),
             mode="tcx",
+            cgroup=datapath.CGROUP_ROOT,
             on_change=lambda _: None,
         )
         begun, clock = time.time(), time.monotonic()

@@ -65,7 +65,6 @@ class Node:
         self._tails = bpf_calls.Map.open(loaded.maps / "ring_tails").memory()
         indexes = self._indexes()
         attach.Ports(loaded.maps).assign(indexes.values())
-        loaded.set_local_addresses(["127.0.0.1", "10.76.0.1", "10.76.1.1", "10.99.0.11"])
         loaded.enable()
 
     def _indexes(self) -> dict[str, int]:

@@ -29,7 +29,9 @@ struct metadata {
 	__u32 gso_segments;
 	__u32 gso_size;
 	__u32 tc_index;
-	__u32 pad;
+	__u32 timestamp_type;
+	__u64 hardware_timestamp;
+	__u64 data_meta_bytes;
 };
 
 PINNED_MMAPABLE(metadata_before, struct metadata, NR_PACKETS);
@@ -42,6 +44,14 @@ static __always_inline __u32 next_place(__u32 program)
 	__u64 *seen = packets_seen.lookup(&program);
 
 	return seen ? __sync_fetch_and_add(seen, 1) & (NR_PACKETS - 1) : 0;
+}
+
+/* On ingress the kernel clears a time that is not the packet's own arrival; in a forwarding path it is kept. */
+static __always_inline void set_tstamp(struct __sk_buff *skb)
+{
+	long (*set)(struct __sk_buff *skb, __u64 tstamp, __u32 type) = (void *)192; /* bpf_skb_set_tstamp */
+
+	set(skb, ((__u64)bpf_get_prandom_u32() << 16) | 1, 1);
 }
 
 static __always_inline void write_down(struct __sk_buff *skb, struct metadata *to)
@@ -70,6 +80,9 @@ static __always_inline void write_down(struct __sk_buff *skb, struct metadata *t
 	to->gso_segments = skb->gso_segs;
 	to->gso_size = skb->gso_size;
 	to->tc_index = skb->tc_index;
+	to->timestamp_type = skb->tstamp_type;
+	to->hardware_timestamp = skb->hwtstamp;
+	to->data_meta_bytes = skb->data - skb->data_meta;
 }
 
 int ingress(struct __sk_buff *skb)
@@ -81,6 +94,9 @@ int ingress(struct __sk_buff *skb)
 	skb->priority = bpf_get_prandom_u32();
 	skb->tc_index = bpf_get_prandom_u32() & 0xffff;
 	skb->tc_classid = bpf_get_prandom_u32();
+	skb->queue_mapping = bpf_get_prandom_u32() & 0xfffe; /* the field holds one more, and 0 for none */
+	bpf_set_hash(skb, bpf_get_prandom_u32());
+	set_tstamp(skb);
 	skb->cb[0] = bpf_get_prandom_u32();
 	skb->cb[1] = bpf_get_prandom_u32();
 	skb->cb[2] = bpf_get_prandom_u32();
@@ -99,6 +115,16 @@ int egress(struct __sk_buff *skb)
 	if (after)
 		write_down(skb, after);
 	return TC_ACT_UNSPEC;
+}
+
+int deliver(struct __sk_buff *skb)
+{
+	return 1;
+}
+
+int local_in(void *context)
+{
+	return 1;
 }
 
 int drop(struct bpf_raw_tracepoint_args *ctx)

@@ -2,6 +2,7 @@
 """What a test run cannot show: packets of the kernel itself, cut short, with headers out of reach, or large, go through unharmed."""
 
 import ctypes
+import ipaddress
 import os
 import shutil
 import socket
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from hostint_agent import bpf_calls, bpf_types, loader
+from hostint_agent import bpf_calls, bpf_types, classifier, loader
 from hostint_report import v05
 from tests.datapath import frames, reference_parser, taps
 from tests.lab import datapath as datapaths
@@ -154,16 +155,24 @@ def test_a_packet_that_is_yet_to_be_cut_into_segments_stays_whole(bridge, datapa
     assert watcher.watched == len(range(3000, 60_000, 500))
 
 
+_BEFORE_CONTROL_BLOCK = (
+    "length linear_length packet_type mark queue_mapping protocol vlan_present vlan_tci vlan_protocol "
+    "priority ingress_ifindex ifindex hash class_id"
+)
+
+
 class Metadata(ctypes.Structure):
     """struct metadata of metadata_probe.c."""
 
     _fields_ = (
         ("timestamp", ctypes.c_uint64),
-        *((f"before_control_block_{number}", ctypes.c_uint32) for number in range(14)),
+        *((name, ctypes.c_uint32) for name in _BEFORE_CONTROL_BLOCK.split()),
         ("control_block", ctypes.c_uint32 * 5),
-        *((f"behind_control_block_{number}", ctypes.c_uint32) for number in range(3)),
+        *((name, ctypes.c_uint32) for name in "wire_length gso_segments gso_size".split()),
         ("tc_index", ctypes.c_uint32),
-        ("pad", ctypes.c_uint32),
+        ("timestamp_type", ctypes.c_uint32),
+        ("hardware_timestamp", ctypes.c_uint64),
+        ("data_meta_bytes", ctypes.c_uint64),
     )
 
 
@@ -188,55 +197,56 @@ def written_down(probe: Path, name: str, packets: int) -> Sequence[Metadata]:
     return (Metadata * packets).from_buffer_copy(data)
 
 
+_NOWHERE = tuple(ipaddress.ip_network(text) for text in ("203.0.113.1/32", "2001:db8::1/128"))
+_REPORT, _IGNORE = bpf_types.RuleAction.REPORT, bpf_types.RuleAction.IGNORE
+# rules that make every IP packet one of these
+KINDS = {
+    "watched": datapaths.everything(),
+    "possible": classifier.Rule(1, 1, _REPORT, destinations=_NOWHERE),
+    "ignored": classifier.Rule(1, 0, _IGNORE),
+    "unwatched": classifier.Rule(1, 1, _REPORT, sources=_NOWHERE, destinations=_NOWHERE),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("interface", "hook"), [(taps.INSIDE, "ingress"), (taps.OUTSIDE, "egress")]
 )
-def test_of_the_metadata_only_the_tag_is_written_and_only_on_packets_with_an_arrival(
-    bridge, probe, interface, hook
-):
-    """Around our program two others: marks, priorities, class and control block hold noise before, and the same after."""
+def test_no_field_of_the_metadata_is_written(bridge, probe, interface, hook, kind):
+    """Around our program two others: whatever may be written holds noise before, and all that can be read is the same after."""
     count = 4000
-    kind = {"ingress": bpf_calls.TCX_INGRESS, "egress": bpf_calls.TCX_EGRESS}[hook]
+    attach_type = {"ingress": bpf_calls.TCX_INGRESS, "egress": bpf_calls.TCX_EGRESS}[hook]
     index = bridge.namespace.inside(lambda: socket.if_nametoindex(interface))
     seen = bpf_calls.Map.open(probe / "maps" / "packets_seen")
     for program in range(2):
         seen.update(program.to_bytes(4, "little"), bytes(8))
     with datapaths.loaded(bridge.namespace) as datapath:
-        datapath.watch([datapaths.everything()])
+        datapath.watch([KINDS[kind]])
         datapath.enable()
         if hook == "egress":
-            # so that packets have an arrival; the noise leaves only the interface to speak for them
+            # so that packets have an arrival
             datapath.attach(taps.INSIDE, ("ingress",))
         # each is attached before those that are there
         for name in ("egress", None, "ingress"):
             program = (
                 bpf_calls.obj_get(probe / "programs" / name) if name else datapath.program(hook)
             )
-            datapath.attach_program(program, index, kind)
+            datapath.attach_program(program, index, attach_type)
         sent = [fit_for_a_bridge(frame) for frame in frames.Mill(5).frames(count)]
         for frame in sent:
             assert bridge.through(frame, taps.header())[1] == frame
-        reported = datapath.identity().counters["reported"]
-    assert (reported > count // 10) == (hook == "egress")
+        counters = datapath.identity().counters
+    assert (counters["watched"] > count // 10) == (kind == "watched")
+    assert (counters["reported"] > count // 10) == (kind == "watched" and hook == "egress")
     assert [seen.lookup(p.to_bytes(4, "little"))[:8] for p in range(2)] == [
         count.to_bytes(8, "little")
     ] * 2
     seen.close()
-    tagged = 0
-    pairs = zip(
-        sent,
-        written_down(probe, "metadata_before", count),
-        written_down(probe, "metadata_after", count),
-        strict=True,
-    )
-    for frame, before, after in pairs:
-        is_ip = not isinstance(reference_parser.parse(as_hooks_see_it(frame)), str)
-        if hook == "ingress" and is_ip:
-            assert after.tc_index & 0x8000
-            tagged += 1
-        else:
-            assert after.tc_index == before.tc_index
-        before.tc_index = after.tc_index
-        assert bytes(before) == bytes(after), frame.hex()
-        assert any(before.control_block)
-    assert (tagged > count // 10) == (hook == "ingress")
+    before = written_down(probe, "metadata_before", count)
+    after = written_down(probe, "metadata_after", count)
+    for frame, one, other in zip(sent, before, after, strict=True):
+        assert bytes(one) == bytes(other), frame.hex()
+    noise = ("mark", "priority", "tc_index", "hash", "queue_mapping", "timestamp", "class_id")
+    for name in noise:
+        assert sum(bool(getattr(one, name)) for one in before) > count // 3, name
+    assert all(any(one.control_block) for one in before)

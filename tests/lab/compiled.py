@@ -18,7 +18,7 @@ _PRELUDE = """
 
 
 def bpf(source: Path, pins: Path, programs: Sequence[str], defines: Mapping[str, int]) -> None:
-    """Load TC programs and pin them, and their maps, below `pins`. Raises RuntimeError with what the compiler says."""
+    """Load TC programs (cgroup_skb if `deliver` is in the name) and pin them, and their maps, below `pins`. Raises RuntimeError with what the compiler says."""
     command = [sys.executable, "-m", "tests.lab.compiled", str(source), str(pins), *programs]
     command += [f"-D{name}={value}" for name, value in defines.items()]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -52,7 +52,8 @@ def _load(source: Path, pins: Path, words: Sequence[str]) -> None:
     module = bcc.BPF(text=_PRELUDE + _with_own_headers(source), cflags=flags)
     for name in words:
         if name not in defines:
-            bpf_calls.obj_pin(module.load_func(name, bcc.BPF.SCHED_CLS).fd, pins / name)
+            kind = bcc.BPF.CGROUP_SKB if "deliver" in name else bcc.BPF.SCHED_CLS
+            bpf_calls.obj_pin(module.load_func(name, kind).fd, pins / name)
 
 
 if __name__ == "__main__":

@@ -20,14 +20,15 @@ from hostint_agent import (
     bpf_types,
     classifier,
     counters,
+    delivery,
     kernel,
     loader,
-    local_addresses,
     tables,
 )
 from tests.lab.namespace import Namespace
 
 _INSTANCES = itertools.count()
+CGROUP_ROOT = Path("/sys/fs/cgroup")
 ALL_EVENTS = 7
 NO_CHANGE = 0
 _TYPES = {"ingress": bpf_calls.TCX_INGRESS, "egress": bpf_calls.TCX_EGRESS}
@@ -96,9 +97,19 @@ class Datapath:
         self._links.append(bpf_calls.raw_tracepoint_open(attach.DROP_TRACEPOINT, program))
         os.close(program)
 
-    def set_local_addresses(self, addresses: Sequence[str]) -> None:
-        """Which addresses are the host's own."""
-        local_addresses.LocalAddresses(self.maps).replace(addresses)
+    def attach_delivery(self, root: Path = CGROUP_ROOT) -> None:
+        """Attach what sees packets being taken: by the sockets of the whole machine, and by this namespace itself."""
+        self.attach_to_sockets(self.program("deliver"), root)
+        program = self.program("local_in")
+        for family in (socket.AF_INET, socket.AF_INET6):
+            attach_it = lambda f=family: delivery.local_in(program, f)  # noqa: E731
+            self._links.append(self.namespace.inside(attach_it))
+        os.close(program)
+
+    def attach_to_sockets(self, program: int, root: Path = CGROUP_ROOT) -> None:
+        """Attach any cgroup_skb program, ours to close, to what the sockets of the whole machine receive."""
+        self._links.append(delivery.sockets(program, delivery.cgroup_root(root)))
+        os.close(program)
 
     def detach(self) -> None:
         """Detach everything."""

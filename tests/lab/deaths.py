@@ -328,7 +328,7 @@ def stage(mode: Mode, bpf_dir: Path | None = None) -> Iterator[Stage]:
             ports.update(struct.pack("=I", index), struct.pack("=Q", index))
         ports.close()
         path.attach_drop()
-        path.set_local_addresses([node.address, node.address6])
+        path.attach_delivery()
         built.watch()
         path.enable()
         yield built

@@ -23,12 +23,8 @@ static __always_inline int load(const struct packet *packet, __u32 at, void *to,
 
 #include "identity.h"
 
-/*
- * The packets of `count` reports, `stride` bytes apart: as their headers show them, and what is at offset `inside`,
- * where a tunnel's packet has the inner frame.
- */
-void identify_reports(const __u8 *packets, const __u32 *lengths, long stride, long count, __u32 inside,
-		      struct identity *shown, struct identity *inner)
+/* The packets of `count` reports, `stride` bytes apart, as their headers show them. */
+void identify_reports(const __u8 *packets, const __u32 *lengths, long stride, long count, struct identity *shown)
 {
 	for (long i = 0; i < count; i++) {
 		struct packet packet = {packets + i * stride, lengths[i]};
@@ -36,8 +32,5 @@ void identify_reports(const __u8 *packets, const __u32 *lengths, long stride, lo
 
 		if (read_frame(&packet, 0, &shown[i], &inet) < 0)
 			shown[i].protocol = 0;
-		memset(&inet, 0, sizeof(inet));
-		if (read_frame(&packet, inside, &inner[i], &inet) < 0)
-			inner[i].protocol = 0;
 	}
 }

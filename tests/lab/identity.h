@@ -149,11 +149,25 @@ static __always_inline int read_transport(struct packet *packet, struct identity
 	return -1;
 }
 
+/* An IP packet at an offset, of an Ethernet type. */
+static __always_inline int read_inet(struct packet *packet, __u32 at, __u16 type, struct identity *found,
+				     struct inet *inet)
+{
+	int result;
+
+	if (type == 0x0800)
+		result = read_ipv4(packet, at, found, inet);
+	else if (type == 0x86dd)
+		result = read_ipv6(packet, at, found, inet);
+	else
+		return -1;
+	return result < 0 ? result : read_transport(packet, found, inet);
+}
+
 /* An Ethernet frame at an offset. */
 static __always_inline int read_frame(struct packet *packet, __u32 at, struct identity *found, struct inet *inet)
 {
 	__u8 type[2] = {};
-	int result;
 
 	if (load(packet, at + 12, type, 2) < 0)
 		return -1;
@@ -163,13 +177,7 @@ static __always_inline int read_frame(struct packet *packet, __u32 at, struct id
 			return -1;
 		at += 4;
 	}
-	if (be16(type) == 0x0800)
-		result = read_ipv4(packet, at, found, inet);
-	else if (be16(type) == 0x86dd)
-		result = read_ipv6(packet, at, found, inet);
-	else
-		return -1;
-	return result < 0 ? result : read_transport(packet, found, inet);
+	return read_inet(packet, at, be16(type), found, inet);
 }
 
 /* The innermost frame: VXLAN (4789, 4444) and Geneve (6081, no options) are looked into. */

@@ -318,18 +318,11 @@ DEATHS = [
     Death("mtu", small_mtu, "PKT_TOO_BIG", 70, datagrams(size=1300)),
     Death("tcx-ingress", tcx(in_port, bpf_calls.TCX_INGRESS), "TC_INGRESS", 80),
     Death("clsact-ingress", clsact(in_port, "ingress"), "TC_INGRESS", 80),
-    Death(
-        "udp-checksum",
-        listening_socket,
-        "UDP_CSUM",
-        182,
-        udp_packets("host", wrong=True),
-        late=True,
-    ),
+    Death("udp-checksum", listening_socket, "UDP_CSUM", 182, udp_packets("host", wrong=True)),
     Death("full-socket", full_socket, "SOCKET_RCVBUFF", 194, datagrams("host"), late=True),
     Death("no-socket", nothing, "NO_SOCKET", 192, datagrams("host")),
     Death("no-listener", nothing, "NO_SOCKET", 192, connection_attempts),
-    Death("no-protocol", nothing, "IP_NOPROTO", 209, unknown_protocol, late=True),
+    Death("no-protocol", nothing, "IP_NOPROTO", 209, unknown_protocol),
     Death("tcx-egress", tcx(out_port, bpf_calls.TCX_EGRESS), "TC_EGRESS", 92, late=True, left=True),
     Death("clsact-egress", clsact(out_port, "egress"), "TC_EGRESS", 92, late=True, left=True),
 ]
@@ -518,7 +511,7 @@ def fragmented(stage: Stage, version: int) -> list[bytes]:
 
 @pytest.mark.parametrize("version", [4, 6])
 def test_fragments_that_become_a_packet_which_is_dropped(bridged, version):
-    """Of IPv6 the fragment header is gone by then, and with it what told the packet from the next one."""
+    """Its fingerprint is that of the first fragment, in whose sk_buff it is."""
     with bridged.nft("hook forward priority 0", "ct state new drop"):
         outcome = bridged.outcome(lambda: bridged.send_frames(fragmented(bridged, version)), 1)
     assert outcome.reasons == {"NETFILTER_DROP": 1}

@@ -129,7 +129,8 @@ def test_what_the_host_sends_and_takes_has_port_0_on_its_side(scene):
     assert (sent["ingressPort"], sent["egressPort"]) == (0, node.port("eth0"))
     taken = scene.wait_reports(node, sourcePort=8080, destinationPort=port)[0]
     assert (taken["ingressPort"], taken["egressPort"]) == (node.port("eth0"), 0)
-    assert sent["hopLatency"] == taken["hopLatency"] == 0
+    assert sent["hopLatency"] == 0
+    assert 0 < taken["hopLatency"] < 10**9
 
 
 def test_every_packet_is_accounted_for(scene):
@@ -154,13 +155,13 @@ BOTH_ADDRESSES = "ip saddr set 10.244.1.99 ip daddr set 10.244.2.99"
 @pytest.mark.parametrize(
     ("change", "is_another"),
     [
-        pytest.param("ip id set 4242", True, id="print"),
-        pytest.param(f"{BOTH_ADDRESSES} ip id set 4242", True, id="print-and-addresses"),
+        pytest.param("ip id set 4242", True, id="identification"),
+        pytest.param(f"{BOTH_ADDRESSES} ip id set 4242", True, id="identification-and-addresses"),
         pytest.param(BOTH_ADDRESSES, False, id="addresses"),
     ],
 )
-def test_a_tag_alone_does_not_make_two_packets_one(scene, change, is_another):
-    """As if the tag of the packet that leaves were by chance another's: what no hop changes is not the same.
+def test_an_address_alone_does_not_make_two_packets_one(scene, change, is_another):
+    """The packet that leaves has the same address, but what no hop changes is not the same.
 
     That NAT has changed both addresses makes it no other packet.
     """
@@ -182,6 +183,5 @@ def test_a_tag_alone_does_not_make_two_packets_one(scene, change, is_another):
     assert after.watched_difference == 0
     changed = {name: after.counters[name] - before[name] for name in before}
     assert changed["watched"] == 100
-    # of 256 prints one is the same by chance
-    assert changed["unverified"] >= 90 if is_another else changed["unverified"] == 0
+    assert changed["unverified"] == (100 if is_another else 0)
     assert changed["unverified"] + changed["reported"] + changed["suppressed"] == 100

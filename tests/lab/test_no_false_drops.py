@@ -31,7 +31,7 @@ pytestmark = pytest.mark.lab
 _HOUR_NS = 3600 * 10**9
 GROUP, BROADCAST, WASTE = "239.4.4.4", "10.244.1.255", "10.203.0.1"
 MILLION = 1_000_000
-RARE, ATTEMPTS = 1000, 3
+ATTEMPTS = 3
 TCP_BYTES = 100_000_000
 CONTROL_S = 60
 
@@ -121,15 +121,9 @@ def judged(stage: Stage, delivery: Delivery) -> Iterator[Verdicts]:
 
 
 def assert_no_drop(found: Verdicts) -> None:
-    """Nothing is reported, nothing is counted.
-
-    But what a full tap loses is a copy of a watched packet, tag and all, at an address that another may have left its slot for; by
-    chance its tag is that one's. The kernel says what it was (a packet socket's), it is never reported, and rare.
-    """
-    copies = found.reasons.get("PACKET_SOCK_ERROR", 0)
-    assert copies <= 1 + found.counters["watched"] // RARE
-    assert (found.reports, set(found.reasons) - {"PACKET_SOCK_ERROR"}) == ([], set())
-    assert found.counters["dropped"] + found.counters["dropped_late"] == copies
+    """Nothing is reported, nothing is counted."""
+    assert (found.reports, found.reasons) == ([], {})
+    assert found.counters["dropped"] + found.counters["dropped_late"] == 0
 
 
 @contextlib.contextmanager
@@ -399,10 +393,7 @@ def test_without_the_proof_the_dead_would_be_taken_for_the_living(delivery, tmp_
     sources = tmp_path / "bpf"
     shutil.copytree(loader.default_bpf_dir(), sources)
     text = (sources / "drop.h").read_text()
-    checks = {
-        "proof = proof_of(slot, dead.tc_index, dead.iif);": "proof = PROOF_TAG;",
-        "!shares_an_address(&scratch->key, &scratch->arrived)": "false",
-    }
+    checks = {"scratch->fingerprint != fingerprint": "false"}
     for check, nothing in checks.items():
         assert text.count(check) == 1
         text = text.replace(check, nothing)

@@ -25,7 +25,7 @@ SHARES = {100: 0.5, 25: 0.25, 1: 0.25}
 # a slot is one of 65,536: now and then another packet takes it while its packet is inside the node
 MISSED_SHARE, MISSED_ALWAYS = 0.0001, 2
 # acknowledgements, background, and what is sent until the senders know that it is enough
-RECORDS_PER_CPU = 200_000 + 6 * PACKETS
+RECORDS_PER_CPU = 300_000 + 9 * PACKETS
 BUILD = Path(__file__).parents[2] / "build"
 COLUMNS = ("packets", "watched", "matched", "false", "unverified", "unresolved")
 
@@ -118,7 +118,6 @@ def _row(run: Run, result: bench.Result) -> dict:
         "watched": sum(found.due[way] for way in ways),
         "matched": sum(found.matched[way] for way in ways),
         "false": found.false_reports,
-        "tolerated": sum(found.false[reason] for reason in run.path.tolerates),
         "unverified": result.counted["unverified"],
         "unresolved": result.counted["unresolved"] + result.counted["pending"],
         "by way": {way: [found.matched[way], found.due[way]] for way in ways},
@@ -140,7 +139,7 @@ def test_nothing_watched_is_missed_and_nothing_is_made_up(run, stage, talking, r
 
 def _assert_nothing_made_up(run: Run, result: bench.Result) -> None:
     found = result.judgement
-    assert {r: n for r, n in found.false.items() if n and r not in run.path.tolerates} == {}
+    assert {r: n for r, n in found.false.items() if n} == {}
 
 
 def _assert_claims(run: Run, result: bench.Result) -> None:
@@ -158,13 +157,8 @@ def _assert_claims(run: Run, result: bench.Result) -> None:
 
 
 def _excused(way: str, counted: dict[str, int]) -> int:
-    """With one observation point every latency is the same: a later report from another CPU suppresses an earlier one.
-
-    And what no socket took is told as a drop.
-    """
-    if way not in ("sent", "arrived"):
-        return 0
-    return counted["suppressed"] + (counted["dropped"] if way == "arrived" else 0)
+    """What the host sends has one observation point: a later report from another CPU suppresses an earlier one."""
+    return counted["suppressed"] if way == "sent" else 0
 
 
 def _assert_counts(result: bench.Result) -> None:
@@ -179,21 +173,19 @@ def _assert_counts(result: bench.Result) -> None:
         assert identity.drops_difference == 0
 
 
-# what is asked of a packet that has the address of another, and what would be if it were not
-_ASKS_TAG = {"\tif (tc_index == slot->tag)\n\t\treturn PROOF_TAG;\n": "\treturn PROOF_TAG;\n"}
-_ASKS_PRINT = {"one->print == other->print": "true"}
-_TAGS_DIFFER = {"#define TAG_TIME 0x3fff": "#define TAG_TIME 0"}
+# what is asked of a packet that has the address of another
+_ASKS_FINGERPRINT = {"slot->fingerprint == scratch->fingerprint": "true"}
 
 
 def _without(tmp_path: Path, changes: dict[str, str]) -> Path:
-    """The programs without some of the proofs that a packet is the one that has left the slot."""
+    """The programs without the proof that a packet is the one that has left the slot."""
     copied = Path(shutil.copytree(loader.default_bpf_dir(), tmp_path / "bpf"))
-    slot = copied / "slot.h"
-    text = slot.read_text()
+    main = copied / "int_host.c"
+    text = main.read_text()
     for asked, not_asked in changes.items():
         assert text.count(asked) == 1
         text = text.replace(asked, not_asked)
-    slot.write_text(text)
+    main.write_text(text)
     return copied
 
 
@@ -212,19 +204,7 @@ def _talking_on(
 
 
 def test_an_address_alone_would_make_up_thousands(tmp_path):
-    bpf_dir = _without(tmp_path, _ASKS_TAG | _ASKS_PRINT)
+    bpf_dir = _without(tmp_path, _ASKS_FINGERPRINT)
     with _talking_on(tmp_path, "routed", bpf_dir) as (stage, talking):
         result = stage.run(talking, traffic.UDP, 4, 25, PACKETS)
     assert result.judgement.false["another arrival"] > PACKETS / 100
-
-
-def test_of_drops_whose_tags_are_the_same_by_chance_the_print_tells_nearly_all(tmp_path):
-    """Clones that waited at a raw socket die by the thousand: each has a tag, and an address that was another packet's.
-
-    One tag in 16,384 is the same by chance; here all are, and without a look at the print hundreds of drops are made up.
-    """
-    with _talking_on(tmp_path, "sctp", _without(tmp_path, _TAGS_DIFFER)) as (stage, talking):
-        result = stage.run(talking, traffic.SCTP, 4, 25, PACKETS // 4)
-    assert result.judgement.packets >= PACKETS // 4
-    dropped = [identity.counters["dropped"] for identity in result.identities]
-    assert sum(dropped) < 30, dropped

@@ -584,7 +584,7 @@ def everything(agent: LabAgent) -> tuple[object, ...]:
     """What is pinned, attached, kept on disk, and in the maps."""
     # a ring buffer has no elements
     maps = {p.name: bpf_calls.Map.open(p) for p in agent.maps.iterdir() if p.name != "bell"}
-    hashes = {name: maps.pop(name) for name in ("ports", "local_addresses")}
+    hashes = {name: maps.pop(name) for name in ("ports", "own_sockets")}
     return (
         sorted(str(path) for path in agent.pin_dir.rglob("*")),
         {name: opened.values() for name, opened in maps.items()},

@@ -13,6 +13,7 @@
 
 #define HOOK_INGRESS	 0
 #define HOOK_EGRESS	 1
+#define HOOK_DELIVER	 2
 #define BACKGROUND_FIRST 21000
 #define BACKGROUND_LAST	 21999
 
@@ -20,7 +21,7 @@ struct record {
 	__u64 start_ns;
 	struct identity identity;
 	__u32 ifindex;
-	__u32 ingress_ifindex;
+	__u32 ingress_ifindex; /* of HOOK_DELIVER: low half of the cookie of the socket's network namespace */
 	__u32 duration_ns;
 	__u16 segments;
 	__u16 hook;
@@ -56,6 +57,23 @@ static __always_inline struct record *record_at(__u64 count)
 	return truth_records.lookup(&index);
 }
 
+/* offsets are those of this kernel's BTF */
+static __always_inline __u32 netns_of(struct __sk_buff *skb)
+{
+	struct position *position = position_here();
+	__u64 at, cookie = 0;
+
+	if (!position)
+		return 0;
+	position->pad = (__u64)skb;
+	barrier();
+	at = READ_ONCE(position->pad);
+	bpf_probe_read_kernel(&at, sizeof(at), (void *)(at + SKB_DEV));
+	bpf_probe_read_kernel(&at, sizeof(at), (void *)(at + DEV_NET));
+	bpf_probe_read_kernel(&cookie, sizeof(cookie), (void *)(at + NET_COOKIE));
+	return (__u32)cookie;
+}
+
 static __always_inline int open_bracket(struct __sk_buff *skb, __u32 hook)
 {
 	struct position *position = position_here();
@@ -73,10 +91,18 @@ static __always_inline int open_bracket(struct __sk_buff *skb, __u32 hook)
 		return TC_ACT_UNSPEC;
 	if (position->open)
 		position->unpaired++;
-	identify(skb, &identity);
+	if (hook == HOOK_DELIVER) {
+		struct inet inet = {};
+
+		/* what sockets are given begins with the IP header */
+		if (read_inet(skb, 0, bpf_ntohs(skb->protocol), &identity, &inet) < 0)
+			identity.protocol = 0;
+	} else {
+		identify(skb, &identity);
+	}
 	record->identity = identity;
 	record->ifindex = skb->ifindex;
-	record->ingress_ifindex = skb->ingress_ifindex;
+	record->ingress_ifindex = hook == HOOK_DELIVER ? netns_of(skb) : skb->ingress_ifindex;
 	record->segments = skb->gso_segs;
 	if (skb->gso_size && !skb->gso_segs)
 		record->segments = 2; /* a CNI's program left the number to be found out later */
@@ -144,4 +170,17 @@ int before_egress(struct __sk_buff *skb)
 int after_egress(struct __sk_buff *skb)
 {
 	return close_bracket(HOOK_EGRESS);
+}
+
+/* cgroup_skb: 1 lets the packet pass */
+int before_deliver(struct __sk_buff *skb)
+{
+	open_bracket(skb, HOOK_DELIVER);
+	return 1;
+}
+
+int after_deliver(struct __sk_buff *skb)
+{
+	close_bracket(HOOK_DELIVER);
+	return 1;
 }

@@ -10,17 +10,19 @@ import ctypes
 import dataclasses
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from hostint_agent import bpf_calls, bpf_types, classifier
+from hostint_agent import bpf_calls, bpf_types, classifier, kernel
 from tests.lab import compiled
 
 HERE = Path(__file__).parent
-PROGRAMS = ("before_ingress", "after_ingress", "before_egress", "after_egress")
-INGRESS, EGRESS = 0, 1
+PROGRAMS = tuple(
+    f"{when}_{hook}" for hook in ("ingress", "egress", "deliver") for when in ("before", "after")
+)
+INGRESS, EGRESS, DELIVER = 0, 1, 2
 IDENTITY = [
     *((name, "u8") for name in "abc"),
     *((name, "u4") for name in ("source", "destination")),
@@ -41,8 +43,6 @@ _POSITION = np.dtype(
         for name in "count overflow unpaired open packets super_packets first pad".split()
     ]
 )
-# our tunnels have an IPv4 header without options outside: Ethernet, IP, UDP, VXLAN or Geneve
-TUNNEL_BYTES = 14 + 20 + 8 + 8
 _LOCAL_BYTES, _DROP_BYTES = 28, 24
 _STILL_S = 0.03
 # of a packet's number, see flood.c
@@ -69,10 +69,14 @@ class Recorder:
         self.pins = pins
         self.cpus = bpf_calls.possible_cpus()
         self._per_cpu = records_per_cpu
+        offsets = kernel.offsets()
         sizes = {
             "NR_TRUTH_RECORDS": self.cpus * records_per_cpu,
             "TRUTH_RECORDS_PER_CPU": records_per_cpu,
             "NR_TRUTH_POSITIONS": self.cpus + 1,
+            "SKB_DEV": offsets.skb_dev,
+            "DEV_NET": offsets.dev_net,
+            "NET_COOKIE": offsets.net_cookie,
         }
         compiled.bpf(HERE / "truth.c", pins, PROGRAMS, sizes)
         self._records = self._array("truth_records", RECORD)
@@ -163,7 +167,6 @@ class Reports:
     ingress_port: np.ndarray
     egress_port: np.ndarray
     shown: np.ndarray
-    inner: np.ndarray
     dropped: np.ndarray
 
     def __len__(self) -> int:
@@ -243,8 +246,8 @@ class Drain:
     ) -> Reports:
         words = np.ascontiguousarray(records[:, :_LOCAL_BYTES]).view(">u4").astype("i8")
         flow = words[:, 0] & _DROP_BIT == 0
-        dropped, _ = self._identities(records[~flow], lengths[~flow], _DROP_BYTES)
-        shown, inner = self._identities(records[flow], lengths[flow], _LOCAL_BYTES)
+        dropped = self._identities(records[~flow], lengths[~flow], _DROP_BYTES)
+        shown = self._identities(records[flow], lengths[flow], _LOCAL_BYTES)
         words, until = words[flow], until[flow]
         # 32 bits of each time came; a report is drained within four seconds of its packet
         egress = until - ((until - (words[:, 6] - offset)) & _MASK32)
@@ -255,21 +258,20 @@ class Drain:
             ingress_port=words[:, 4] >> 16,
             egress_port=words[:, 4] & 0xFFFF,
             shown=shown,
-            inner=inner,
             dropped=dropped,
         )
 
     def _identities(
         self, records: np.ndarray, lengths: np.ndarray, header_bytes: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The packets in reports: as their headers show them, and what is inside if that is a tunnel."""
+    ) -> np.ndarray:
+        """The packets in reports, as their headers show them."""
         packets = np.ascontiguousarray(records[:, header_bytes:])
         lengths = np.ascontiguousarray(lengths - header_bytes, "u4")
-        shown, inner = (np.zeros(len(packets), IDENTITY) for _ in range(2))
-        arrays = [ctypes.c_void_p(a.ctypes.data) for a in (packets, lengths, shown, inner)]
+        shown = np.zeros(len(packets), IDENTITY)
+        arrays = [ctypes.c_void_p(a.ctypes.data) for a in (packets, lengths, shown)]
         sizes = map(ctypes.c_long, (packets.shape[1], len(packets)))
-        self._identify(*arrays[:2], *sizes, ctypes.c_uint32(TUNNEL_BYTES), *arrays[2:])
-        return shown, inner
+        self._identify(*arrays[:2], *sizes, *arrays[2:])
+        return shown
 
 
 def _memory(path: Path, kind: np.dtype) -> np.ndarray:
@@ -349,7 +351,11 @@ class Judgement:
 
 
 class Judge:
-    """Holds the reports of one run against its log."""
+    """Holds the reports of one run against its log.
+
+    `ends`: what reports of packets that a socket takes must name as egress port, by its network namespace (low half of the
+    cookie): 0 for the host's, else the port of the pod's interface.
+    """
 
     def __init__(
         self,
@@ -357,23 +363,25 @@ class Judge:
         reports: Reports,
         wanted: Selection,
         others: Sequence[Selection],
-        tolerates: Sequence[str] = (),
+        ends: Mapping[int, int],
     ) -> None:
-        self._log = log[np.lexsort((log["start_ns"], log["cpu"]))]
+        self._log = _without_later_looks(log)
         self._reports = reports
         self._wanted = wanted
         self._others = others
-        # what makes no report false here; it is counted all the same
-        self._tolerates = tolerates
+        self._ends = ends
         self._key = key_of(self._log)
         self._ingress = np.flatnonzero(self._log["hook"] == INGRESS)
+        # where a packet is seen for the second time: as it leaves, or as a socket takes it
+        self._second = np.flatnonzero(self._log["hook"] != INGRESS)
         self._egress = np.flatnonzero(self._log["hook"] == EGRESS)
         self._partner = self._partners()
+        self._port = self._ports_of_departure()
 
     def _partners(self) -> np.ndarray:
         """For each event the one of the same packet on the other hook, -1 where there is none."""
         partner = np.full(len(self._log), -1)
-        for ours, theirs in ((self._ingress, self._egress), (self._egress, self._ingress)):
+        for ours, theirs in ((self._ingress, self._second), (self._second, self._ingress)):
             identified = theirs[self._log["protocol"][theirs] > 0]
             if not len(identified):
                 continue
@@ -430,7 +438,7 @@ class Judge:
         arrived = self._wanted.has(self._log) & (self._log["outer"] == 0)
         by_nat = selected[told] & (self._partner[told] >= 0) & ~arrived[self._partner[told]]
         sent = selected[self._egress] & self._is_sent(self._egress)
-        left = self._log["hook"][told] == EGRESS
+        left = self._log["hook"][told] != INGRESS
         return int(arrived[self._ingress].sum() + (by_nat & left).sum() + sent.sum())
 
     def _is_sent(self, events: np.ndarray) -> np.ndarray:
@@ -440,24 +448,24 @@ class Judge:
         """Events that must be reported, by what they are."""
         selected = self._selected(self._wanted)
         out = self._egress[selected[self._egress]]
-        alone = self._ingress[selected[self._ingress] & (self._partner[self._ingress] < 0)]
-        forwarded = out[self._partner[out] >= 0]
-        way = self._wanted.forth(self._log) | self._wanted.forth(self._log[self._partner])
+        reached = selected & (self._partner >= 0) & (self._port >= 0)
+        seen_twice = self._second[reached[self._second]]
+        forth = self._wanted.forth(self._log) | self._wanted.forth(self._log[self._partner])
+        arrived = (self._log["hook"] == DELIVER) & (self._port == 0)
         return {
-            "forth": forwarded[way[forwarded]],
-            "back": forwarded[~way[forwarded]],
+            "forth": seen_twice[forth[seen_twice] & ~arrived[seen_twice]],
+            "back": seen_twice[~forth[seen_twice] & ~arrived[seen_twice]],
             "sent": out[self._is_sent(out)],
-            "arrived": alone,
+            "arrived": seen_twice[arrived[seen_twice]],
         }
 
     def _check_reports(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Events that reports speak of truly, and which reports are false for what reason."""
-        reports, log = self._reports, self._log
+        reports = self._reports
         event = self._bracket(reports.cpu, reports.egress_ns)
         known = event >= 0
-        content = np.where(log["outer"][event] > 0, reports.inner, reports.shown)
         false = {"no such time": ~known}
-        false["another packet"] = known & ~self._same_content(event, content)
+        false["another packet"] = known & ~self._same_content(event, reports.shown)
         false["another arrival"] = known & ~self._same_arrival(event)
         false["another port"] = known & ~self._same_port(event)
         selected = np.logical_or.reduce([self._selected(s) for s in (self._wanted, *self._others)])
@@ -479,9 +487,8 @@ class Judge:
         }
 
     def _is_false(self, reasons: dict[str, np.ndarray]) -> np.ndarray:
-        """Which reports are false for any reason that is none of those known here."""
-        counted = [mask for name, mask in reasons.items() if name not in self._tolerates]
-        return np.logical_or.reduce([np.zeros_like(next(iter(reasons.values()))), *counted])
+        """Which reports are false for any reason."""
+        return np.logical_or.reduce(list(reasons.values()))
 
     def _count_false(self, reasons: dict[str, np.ndarray]) -> int:
         return int(self._is_false(reasons).sum())
@@ -513,13 +520,28 @@ class Judge:
             )
         observed_once = reports.ingress_ns == reports.egress_ns
         sent = observed_once & (reports.ingress_port == 0) & self._is_sent(event)
-        return np.where(log["hook"][event] == EGRESS, same | sent, same & observed_once)
+        return (log["hook"][event] != INGRESS) & (same | sent)
 
     def _same_port(self, event: np.ndarray) -> np.ndarray:
-        """The port of departure is that of the hook; 0 for what the host takes."""
-        left = self._log["hook"][event] == EGRESS
-        delivered = (self._reports.egress_port == 0) & (self._partner[event] < 0)
-        return np.where(left, self._reports.egress_port == self._log["ifindex"][event], delivered)
+        """The port of departure is that of the hook, or of the interface of the pod that took the packet; 0: the host."""
+        return self._reports.egress_port == self._port[event]
+
+    def _ports_of_departure(self) -> np.ndarray:
+        """What a report about each event must name; -1: nothing that it could name."""
+        log = self._log
+        port = np.where(log["hook"] == EGRESS, log["ifindex"].astype("i8"), -1)
+        for cookie, end in self._ends.items():
+            port[(log["hook"] == DELIVER) & (log["ingress_ifindex"] == cookie)] = end
+        return port
+
+
+def _without_later_looks(log: np.ndarray) -> np.ndarray:
+    """In order of CPU and time; of what left by a hook it does not matter which socket took it elsewhere."""
+    keys = key_of(log)
+    left = np.isin(keys, keys[log["hook"] == EGRESS])
+    came = np.isin(keys, keys[log["hook"] == INGRESS])
+    kept = log[(log["hook"] != DELIVER) | (came & ~left & (log["protocol"] > 0))]
+    return kept[np.lexsort((kept["start_ns"], kept["cpu"]))]
 
 
 def build_library(directory: Path) -> Path:

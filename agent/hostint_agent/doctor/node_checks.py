@@ -71,15 +71,16 @@ def programs() -> Finding:
     """A program of each kind that the datapath has can be loaded; the drop program reads kernel memory."""
     try:
         probes.load("TC")
+        probes.load("cgroup")
         probes.load("raw tracepoint")
     except bpf_calls.BpfError as error:
         remedy = (
             finding.RIGHTS
             if error.errno == errno.EPERM
-            else "needed are CONFIG_BPF_SYSCALL, CONFIG_NET_CLS_BPF and CONFIG_BPF_EVENTS, and no lockdown=confidentiality"
+            else "needed are CONFIG_BPF_SYSCALL, CONFIG_NET_CLS_BPF, CONFIG_CGROUP_BPF and CONFIG_BPF_EVENTS, and no lockdown=confidentiality"
         )
         return finding.failure("programs", _told(error), remedy)
-    return finding.ok("programs", "TC and raw tracepoint programs can be loaded")
+    return finding.ok("programs", "TC, cgroup and raw tracepoint programs can be loaded")
 
 
 def jit(machine_code: Callable[[probes.Kind], int] = probes.load) -> Finding:

@@ -11,15 +11,14 @@ from typing import Literal
 from hostint_agent import bpf_calls, kernel
 
 # commands, types and flags of linux/bpf.h
-_PROG_LOAD = 5
 _MAP_ARRAY, _MAP_F_MMAPABLE = 2, 1024
-_SCHED_CLS, _RAW_TRACEPOINT, _TRACING = 3, 17, 26
+_SCHED_CLS, _CGROUP_SKB, _RAW_TRACEPOINT, _TRACING = 3, 8, 17, 26
 _TRACE_RAW_TP = 23
 _PROBE_READ_KERNEL = 113
 _BTF_KIND_TYPEDEF = 8
 _WORD = 8
 
-Kind = Literal["TC", "raw tracepoint"]
+Kind = Literal["TC", "cgroup", "raw tracepoint"]
 
 
 class _Btf(kernel.Btf):
@@ -32,41 +31,25 @@ class _Btf(kernel.Btf):
         return 0
 
 
-def _instruction(code: int, dst: int = 0, src: int = 0, offset: int = 0, value: int = 0) -> bytes:
-    return struct.pack("=BBhi", code, src << 4 | dst, offset, value)
-
-
-def _return(value: int) -> bytes:
-    return _instruction(0xB7, 0, value=value) + _instruction(0x95)
-
-
 def _argument(number: int, register: int) -> bytes:
     """Load an argument of the tracepoint."""
-    return _instruction(0x79, register, 1, _WORD * number)
+    return bpf_calls.instruction(0x79, register, 1, _WORD * number)
 
 
 def _read_kernel() -> bytes:
     """Read eight bytes where argument 0 points to, as the drop program reads a packet's metadata."""
     return (
         _argument(0, 3)
-        + _instruction(0xBF, 1, 10)
-        + _instruction(0x07, 1, value=-_WORD)
-        + _instruction(0xB7, 2, value=_WORD)
-        + _instruction(0x85, value=_PROBE_READ_KERNEL)
+        + bpf_calls.instruction(0xBF, 1, 10)
+        + bpf_calls.instruction(0x07, 1, value=-_WORD)
+        + bpf_calls.instruction(0xB7, 2, value=_WORD)
+        + bpf_calls.instruction(0x85, value=_PROBE_READ_KERNEL)
     )
 
 
 def _load(kind: int, code: bytes, what: str, attach_type: int = 0, btf_id: int = 0) -> int:
     """Have the verifier look at a program; how many bytes of machine code the kernel made of it. Raises BpfError."""
-    text = ctypes.create_string_buffer(code, len(code))
-    licence = ctypes.create_string_buffer(b"GPL")
-    attr = struct.pack(
-        "=IIQQIIQII16sIIIIQIIQII",
-        *(kind, len(code) // _WORD, ctypes.addressof(text), ctypes.addressof(licence)),
-        *(0, 0, 0, 0, 0, b"hostint_probe"),
-        *(0, attach_type, 0, 0, 0, 0, 0, 0, 0, btf_id),
-    )
-    fd = bpf_calls.bpf(_PROG_LOAD, attr, what)
+    fd = bpf_calls.prog_load(kind, code, what, attach_type, btf_id)
     try:
         info = ctypes.create_string_buffer(80)
         attr = struct.pack("=IIQ", fd, len(info), ctypes.addressof(info))
@@ -79,8 +62,11 @@ def _load(kind: int, code: bytes, what: str, attach_type: int = 0, btf_id: int =
 def load(kind: Kind) -> int:
     """Load a program of a kind that the datapath has; bytes of machine code, 0 where it is interpreted. Raises BpfError."""
     if kind == "TC":
-        return _load(_SCHED_CLS, _return(-1), "load a TC program")
-    code = _read_kernel() + _return(0)
+        return _load(_SCHED_CLS, bpf_calls.return_instructions(-1), "load a TC program")
+    if kind == "cgroup":
+        code = bpf_calls.return_instructions(1)
+        return _load(_CGROUP_SKB, code, "load a cgroup_skb program")
+    code = _read_kernel() + bpf_calls.return_instructions(0)
     return _load(_RAW_TRACEPOINT, code, "load a raw tracepoint program")
 
 
@@ -95,7 +81,13 @@ def tracepoint(name: str, argument: int) -> None:
     what = f"raw tracepoint {name}"
     if not btf_id:
         raise bpf_calls.BpfError(errno.ENOENT, os.strerror(errno.ENOENT), what)
-    _load(_TRACING, _argument(argument, 0) + _return(0), what, _TRACE_RAW_TP, btf_id)
+    _load(
+        _TRACING,
+        _argument(argument, 0) + bpf_calls.return_instructions(0),
+        what,
+        _TRACE_RAW_TP,
+        btf_id,
+    )
 
 
 def shared_memory() -> None:

@@ -18,7 +18,12 @@ def attached(near: Namespace, pins: Path, mode: attach.Mode = "tcx") -> Iterator
 
     def attacher() -> attach.Attacher:
         return attach.Attacher(
-            pins, loader.current(pins), patterns=interfaces.Patterns(), mode=mode, on_change=print
+            pins,
+            loader.current(pins),
+            patterns=interfaces.Patterns(),
+            mode=mode,
+            cgroup=Path(settings.DEFAULT_CGROUP_ROOT),
+            on_change=print,
         )
 
     made = near.inside(attacher)

@@ -73,7 +73,7 @@ def vmlinux_btf(monkeypatch, tmp_path) -> Iterator[Callable[[bytes | None], None
 
 
 def test_this_kernel_has_the_btf_that_the_drop_program_needs():
-    is_ok(node_checks.btf(), "/sys/kernel/btf/vmlinux: all 10 struct members", "drop reasons")
+    is_ok(node_checks.btf(), "/sys/kernel/btf/vmlinux: all 9 struct members", "drop reasons")
 
 
 _BTF = kernel.VMLINUX_BTF.read_bytes()
@@ -87,7 +87,7 @@ _BTF = kernel.VMLINUX_BTF.read_bytes()
         (bytes(64), ("is not BTF",)),
         (_BTF[:1000], ("cannot be understood",)),
         (_BTF[: len(_BTF) // 2], ("vmlinux",)),
-        (_BTF.replace(b"\0tc_index\0", b"\0tc_indax\0"), ("struct sk_buff of this kernel has no tc_index",)),
+        (_BTF.replace(b"\0mac_header\0", b"\0mac_haeder\0"), ("struct sk_buff of this kernel has no mac_header",)),
         (_BTF.replace(b"\0nd_net\0", b"\0nd_nat\0"), ("struct net_device of this kernel has no nd_net",)),
         (_BTF.replace(b"\0skb_drop_reason\0", b"\0skb_drop_raisin\0"), ("has no enum skb_drop_reason",)),
     ],
@@ -112,7 +112,7 @@ def test_programs_of_both_kinds_can_be_loaded_and_become_machine_code():
 
 @pytest.mark.bpf
 def test_a_kernel_that_refuses_to_load_programs_fails():
-    found = refused_bpf("programs", command=probes._PROG_LOAD)
+    found = refused_bpf("programs", command=bpf_calls.PROG_LOAD)
     fails(found, "load a TC program: Invalid argument", "lockdown=confidentiality")
 
 

@@ -105,6 +105,10 @@ class Stage:
         """Every new program goes first: a CNI's, the later recorder, ours, the earlier recorder."""
         scene, recorder, ours = self._scene, self._bench.recorder, self._datapath
         ours.attach_drop()
+        # programs of a cgroup run in the order in which they were attached
+        ours.attach_to_sockets(recorder.program("before_deliver"))
+        ours.attach_delivery()
+        ours.attach_to_sockets(recorder.program("after_deliver"))
         for cni in scene.cni:
             self._attach_cni(cni)
         for hook in scene.hooks:
@@ -121,7 +125,6 @@ class Stage:
             self._attach_filters()
         recorder.reset()
         attach.Ports(ours.maps).assign({hook.ifindex for hook in scene.hooks})
-        ours.set_local_addresses(scene.local_addresses)
         network = scene.node.namespace.inside(interfaces.read_network)
         ours.config.set_tunnels(network.tunnel_ports("vxlan"), network.tunnel_ports("geneve"))
         ours.enable()
@@ -190,7 +193,7 @@ class Stage:
         identities = self._settled_identities()
         self._pending = identities[0].pending
         return Result(
-            truth.Judge(recorder.log(), reports, wanted, others, self._path.tolerates).judge(),
+            truth.Judge(recorder.log(), reports, wanted, others, self._scene.ends()).judge(),
             {name: n - before[name] for name, n in _as_counts(identities[0]).items()},
             identities,
         )

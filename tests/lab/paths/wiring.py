@@ -10,7 +10,7 @@ import socket
 import struct
 from collections.abc import Callable, Sequence
 
-from hostint_agent import bpf_calls
+from hostint_agent import bpf_calls, kernel
 from tests.lab.namespace import Namespace, ip
 from tests.lab.topology import Lab, Node, Pod
 
@@ -67,7 +67,16 @@ class Scene:
     hooks: list[Hook]
     cni: list[CniProgram] = dataclasses.field(default_factory=list)
     accepting: bool = False  # a CNI's clsact filter on every hooked interface says TC_ACT_OK
-    local_addresses: tuple[str, ...] = ()
+
+    def ends(self) -> dict[int, int]:
+        """For truth.Judge: the host's sockets, and those of pods whose interfaces have hooks."""
+        hooked = {hook.interface for hook in self.hooks}
+        ends = {self.node.namespace.inside(kernel.netns_cookie): 0}
+        for pod in self.node.pods:
+            if pod.interface in hooked:
+                cookie = pod.namespace.inside(kernel.netns_cookie)
+                ends[cookie] = self.node.port(pod.interface)
+        return {cookie & 0xFFFFFFFF: port for cookie, port in ends.items()}
 
     @property
     def stranger(self) -> Pod:
@@ -127,20 +136,8 @@ def host(lab: Lab) -> Scene:
     client = node.pods[0]
     addresses = {4: node.address, 6: node.address6}
     hooks = both(node.namespace, client.interface)
-    local = (node.address, node.address6, "10.244.1.1")
     node.namespace.run("ip", "link", "set", client.interface, "gso_max_size", str(_GSO_BYTES))
-    return _finish(
-        Scene(
-            lab,
-            node,
-            client,
-            node.namespace,
-            addresses,
-            dict(addresses),
-            hooks,
-            local_addresses=local,
-        )
-    )
+    return _finish(Scene(lab, node, client, node.namespace, addresses, dict(addresses), hooks))
 
 
 def rps(lab: Lab) -> Scene:
@@ -259,13 +256,8 @@ def redirected(program: str) -> Build:
 
 
 def redirected_to_peer(lab: Lab) -> Scene:
-    """bpf_redirect_peer jumps over the egress hook of a pod's interface: the packet is next seen inside the pod."""
-    scene = redirected("cni_redirect_peer")(lab)
-    inside = [
-        Hook(pod.namespace, "eth0", "egress", bpf_calls.TCX_INGRESS) for pod in scene.node.pods[:2]
-    ]
-    scene.hooks = [hook for hook in scene.hooks if hook.program == "ingress"] + inside
-    return scene
+    """bpf_redirect_peer jumps over the egress hook of a pod's interface: the packet is next seen at the pod's socket."""
+    return redirected("cni_redirect_peer")(lab)
 
 
 def _across(lab: Lab) -> Scene:
