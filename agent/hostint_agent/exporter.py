@@ -88,8 +88,13 @@ class Exporter:
         *,
         renumber: bool | None = None,
         clock: Callable[[], float] = time.monotonic,
+        sockets: senders.SendingSockets | None = None,
     ) -> None:
-        """Map the rings below `maps`. `renumber` None: by the number of CPUs. Raises bpf_calls.BpfError."""
+        """Map the rings below `maps`. Raises bpf_calls.BpfError.
+
+        `renumber` None: by the number of CPUs. `sockets`: where open sockets are announced.
+        """
+        self.sockets = sockets or senders.SendingSockets()
         self._rings = report_rings.Rings(maps)
         self._maps = maps
         cpus = bpf_calls.possible_cpus()
@@ -291,7 +296,7 @@ class Exporter:
         if error and self._clock() - error[0] < 1.0:
             return None
         try:
-            sender = senders.Sender(destination, self._clock)
+            sender = senders.Sender(destination, self._clock, self.sockets)
         except OSError as failure:
             where = f"{destination.address}:{destination.port}"
             words = f"{where}: {(failure.strerror or str(failure)).lower()}"

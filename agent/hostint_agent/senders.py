@@ -8,6 +8,8 @@ import os
 import select
 import socket
 import struct
+import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ _SENDMSG.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int)
 _SENDMSG.restype = ctypes.c_ssize_t
 _SOL_UDP = 17
 _UDP_SEGMENT = 103
-_SO_SNDBUFFORCE = 32
+_SO_SNDBUFFORCE, _SO_COOKIE = 32, 57
 _MSG_DONTWAIT = int(socket.MSG_DONTWAIT)
 _IP_RECVERR, _IPV6_RECVERR = 11, 25
 _CONTROL_BYTES = 24
@@ -67,6 +69,50 @@ class Health:
     message: str
 
 
+class SendingSockets:
+    """The open sockets of this process that send reports, known by their cookies (SO_COOKIE).
+
+    One instance serves all exporters of a process. Safe to use from any thread.
+    """
+
+    def __init__(self, on_sockets: Callable[[frozenset[int]], None] = lambda _: None) -> None:
+        """Start without any socket.
+
+        `on_sockets` is called with the cookies of all open sockets: before the first report leaves
+        a new socket, and after a socket is closed. An OSError that it raises for a new socket
+        closes that socket, and reports to its collector fail until a retry succeeds.
+        """
+        self._on_sockets = on_sockets
+        self._lock = threading.Lock()
+        self._cookies: frozenset[int] = frozenset()
+
+    @property
+    def cookies(self) -> frozenset[int]:
+        """Cookies of all sockets that are open now."""
+        return self._cookies
+
+    def add(self, opened: socket.socket) -> int:
+        """Announce a socket that has sent nothing, and return its cookie. Raises OSError."""
+        cookie = _cookie(opened)
+        with self._lock:
+            self._on_sockets(self._cookies | {cookie})
+            self._cookies |= {cookie}
+        return cookie
+
+    def remove(self, cookie: int) -> None:
+        """Announce that the socket with this cookie is closed."""
+        with self._lock:
+            self._cookies -= {cookie}
+            # A cookie is never used again, so one that stays behind in a map is harmless.
+            with contextlib.suppress(OSError):
+                self._on_sockets(self._cookies)
+
+
+def _cookie(opened: socket.socket) -> int:
+    """Return the number by which the kernel knows a socket; unique since boot."""
+    return int.from_bytes(opened.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8), sys.byteorder)
+
+
 class _MessageHeader(ctypes.Structure):
     """struct msghdr of the C library."""
 
@@ -85,10 +131,14 @@ class Sender:
     """A connected UDP socket to one collector."""
 
     def __init__(
-        self, destination: Destination, clock: Callable[[], float] = time.monotonic
+        self,
+        destination: Destination,
+        clock: Callable[[], float] = time.monotonic,
+        sockets: SendingSockets | None = None,
     ) -> None:
-        """Connect. Raises OSError (no route)."""
+        """Connect, and announce the socket in `sockets`. Raises OSError (no route)."""
         self.destination = destination
+        self._sockets = sockets or SendingSockets()
         family = socket.AF_INET6 if ":" in destination.address else socket.AF_INET
         self._socket = socket.socket(family, socket.SOCK_DGRAM)
         self._descriptor = self._socket.fileno()
@@ -99,6 +149,7 @@ class Sender:
         self._mark(family, destination.dscp << 2)
         try:
             self._socket.connect((destination.address, destination.port))
+            self._cookie = self._sockets.add(self._socket)
         except OSError:
             self._socket.close()
             raise
@@ -128,6 +179,7 @@ class Sender:
         """Close the socket."""
         self._socket.close()
         self._descriptor = -1
+        self._sockets.remove(self._cookie)
 
     def send(self, iov: int, count: int, length: int) -> int:
         """Send `count` reports of `length` bytes each, from the iovec at address `iov`; how many of them failed.
