@@ -172,20 +172,35 @@ class Agent:
     async def keep_time(self) -> None:
         """Follow the wall clock, and notice when a collector's health changes.
 
-        Raises RuntimeError where a thread has ended: an agent that does half of its work must not look like one that does it.
+        Raises RuntimeError if a thread has ended: an agent that does half of its work must not look
+        like one that does it. Anything else that fails here is logged and tried again.
         """
         before: dict[str, senders.Health] = {}
+        failure = ""
         while True:
             await asyncio.sleep(_CLOCK_INTERVAL_S)
             if reason := self.not_alive():
                 raise RuntimeError(reason)
+            # every second, because the wall clock may be set at any time
             self._config.refresh_wall_offset()
-            health = self._exporter.health()
-            told = {name: (h.reachable, h.reason) for name, h in health.items()}
-            if told != {name: (h.reachable, h.reason) for name, h in before.items()}:
-                self._tell_collectors(before, health)
-                self.on_status()
-            before = health
+            try:
+                before = self._follow_collectors(before)
+            except Exception as error:  # reports go on without it
+                if str(error) != failure:
+                    log.exception("health of collectors not known, retrying")
+                failure = str(error)
+            else:
+                failure = ""
+
+    def _follow_collectors(self, before: dict[str, senders.Health]) -> dict[str, senders.Health]:
+        """Log and announce what changed in the health of collectors, and return it."""
+        self._exporter.recheck()
+        health = self._exporter.health()
+        told = {name: (h.reachable, h.reason) for name, h in health.items()}
+        if told != {name: (h.reachable, h.reason) for name, h in before.items()}:
+            self._tell_collectors(before, health)
+            self.on_status()
+        return health
 
     def _tell_collectors(
         self, before: dict[str, senders.Health], now: dict[str, senders.Health]

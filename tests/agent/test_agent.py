@@ -9,8 +9,19 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
+import structlog
 
-from hostint_agent import agent, attach, interfaces, loader, settings, unload
+from hostint_agent import (
+    agent,
+    attach,
+    exporter,
+    interfaces,
+    kernel,
+    loader,
+    senders,
+    settings,
+    unload,
+)
 from hostint_agent.loader import default_bpf_dir
 from tests.agent.test_node_rules import COLLECTOR, RULE, WATCHLIST, spec
 from tests.agent.test_succession import put, words
@@ -190,6 +201,65 @@ def test_metrics_carry_the_name_of_the_watchlist(pin_dir, tmp_path):
         watched = next(m for m in process.metrics() if m.name == "hostint_watched")
         assert [(s.labels, s.value) for s in watched.samples] == [({"watchlist": "shop"}, 0)]
 
+    with_agent(pin_dir, tmp_path, scenario)
+
+
+async def becomes(check: Callable[[], object]) -> None:
+    async with asyncio.timeout(10):
+        while not check():
+            await asyncio.sleep(0.02)
+
+
+def test_health_that_fails_once_ends_nothing(pin_dir, tmp_path, monkeypatch):
+    async def scenario(process: agent.Agent) -> None:
+        await process.apply(agent.Wanted(spec(), 1))
+        faults = [OSError(errno.ENOMEM, "no memory"), ValueError("not thought of")]
+        asked = []
+
+        def health() -> dict[str, senders.Health]:
+            asked.append(1)
+            if faults:
+                raise faults.pop()
+            return {"default": senders.Health(False, "NoRoute", "network unreachable")}
+
+        changed = []
+        process.on_status = lambda: changed.append(1)
+        monkeypatch.setattr(process._exporter, "health", health)
+        keeping = asyncio.create_task(process.keep_time())
+        with structlog.testing.capture_logs() as logs:
+            await becomes(lambda: changed)
+        assert not keeping.done()
+        keeping.cancel()
+        assert [entry["event"] for entry in logs] == [
+            *["health of collectors not known, retrying"] * 2,
+            "collector not reachable",
+        ]
+
+    monkeypatch.setattr(agent, "_CLOCK_INTERVAL_S", 0.02)
+    with_agent(pin_dir, tmp_path, scenario)
+
+
+def test_wall_clock_that_is_set_is_followed(pin_dir, tmp_path, monkeypatch):
+    async def scenario(process: agent.Agent) -> None:
+        await process.apply(agent.Wanted(spec(), 1))
+        keeping = asyncio.create_task(process.keep_time())
+        monkeypatch.setattr(kernel, "wall_offset_ns", lambda: -5)
+        await becomes(lambda: process._config._config.wall_offset_ns == (1 << 64) - 5)
+        keeping.cancel()
+
+    monkeypatch.setattr(agent, "_CLOCK_INTERVAL_S", 0.02)
+    with_agent(pin_dir, tmp_path, scenario)
+
+
+@pytest.mark.parametrize("thread", ["export", "attach"])
+def test_thread_that_has_ended_ends_the_process(pin_dir, tmp_path, monkeypatch, thread):
+    async def scenario(process: agent.Agent) -> None:
+        of = {"export": exporter.Exporter, "attach": attach.Attacher}[thread]
+        monkeypatch.setattr(of, "alive", False)
+        with pytest.raises(RuntimeError, match=f"the {thread} thread has ended"):
+            await process.keep_time()
+
+    monkeypatch.setattr(agent, "_CLOCK_INTERVAL_S", 0.02)
     with_agent(pin_dir, tmp_path, scenario)
 
 
