@@ -61,6 +61,7 @@ class Agent:
         """
         self._settings = chosen
         self._first = first
+        self._keeper = last_good.Keeper(chosen.state_dir, chosen.node)
         # called, in the event loop, whenever `status` may say something else
         self.on_status: Callable[[], None] = lambda: None
         self._loop = asyncio.get_running_loop()
@@ -167,7 +168,7 @@ class Agent:
         good = last_good.LastGood(
             wanted.spec, wanted.generation, program.watchlist_indexes, program.collector_indexes
         )
-        last_good.save(self._settings.state_dir, self._settings.node, good)
+        self._keeper.save(good)
 
     async def keep_time(self) -> None:
         """Follow the wall clock, and notice when a collector's health changes.

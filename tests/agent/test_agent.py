@@ -3,6 +3,7 @@
 
 import asyncio
 import errno
+import json
 import os
 import time
 from collections.abc import Awaitable, Callable
@@ -141,6 +142,24 @@ def test_the_last_good_configuration_is_live_after_a_restart(pin_dir, tmp_path):
         assert process.topology()["nodeID"] == 99
 
     with_agent(pin_dir, tmp_path, first)
+    with_agent(pin_dir, tmp_path, second)
+
+
+@pytest.mark.parametrize("index", [0, 256, "1"])
+def test_kept_index_that_no_map_has_is_replaced(pin_dir, tmp_path, index):
+    async def first(process: agent.Agent) -> None:
+        await process.apply(agent.Wanted(spec(), 1))
+
+    async def second(process: agent.Agent) -> None:
+        assert process._program.watchlist_indexes.names == {"shop": 1}
+        assert set(process._program.policies) == {1}
+        assert [rule.watchlist for rule in process._program.rules] == [0, 1, 1]
+
+    with_agent(pin_dir, tmp_path, first)
+    (kept,) = tmp_path.glob("*.json")
+    data = json.loads(kept.read_text())
+    data["watchlists"]["names"]["shop"] = index
+    kept.write_text(json.dumps(data))
     with_agent(pin_dir, tmp_path, second)
 
 
