@@ -25,7 +25,6 @@ from hostint_agent import (
     check,
     command_line,
     counters,
-    http,
     interfaces,
     kernel,
     loader,
@@ -33,6 +32,7 @@ from hostint_agent import (
     settings,
     standalone,
     unload,
+    watchdog,
 )
 from hostint_api import NodeConfigSpec
 
@@ -167,6 +167,7 @@ async def run_in_cluster(chosen: settings.Settings) -> None:
                     _apply_latest(process, queue),
                     writer.run(),
                     process.keep_time(),
+                    watchdog.watch(),
                 )
         finally:
             await asyncio.to_thread(process.stop)
@@ -194,6 +195,7 @@ async def run_standalone(
                 standalone.follow(paths, node_id, hand_over),
                 _apply_latest(process, queue),
                 process.keep_time(),
+                watchdog.watch(),
             )
     finally:
         await asyncio.to_thread(process.stop)
@@ -302,7 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except Exception as error:  # the last place; everything is told, nothing swallowed
         cause = _innermost(error)
-        if isinstance(cause, StartError | http.HttpError | ValueError | OSError) or (
+        if isinstance(cause, StartError | ValueError | OSError) or (
             type(cause).__name__ in ("SetupError", "InvalidFiles")
         ):
             print(f"hostint-agent: {cause}", file=sys.stderr)  # noqa: T201

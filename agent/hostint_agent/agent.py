@@ -2,10 +2,11 @@
 """The agent process: brings the datapath up, makes configurations live, and knows how all of it is doing."""
 
 import asyncio
+import contextlib
 import dataclasses
 import importlib.metadata
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import structlog
@@ -64,6 +65,7 @@ class Agent:
         self._keeper = last_good.Keeper(chosen.state_dir, chosen.node)
         # called, in the event loop, whenever `status` may say something else
         self.on_status: Callable[[], None] = lambda: None
+        self._serving: Callable[[], bool] = lambda: True
         self._loop = asyncio.get_running_loop()
         # places of watchlists and collectors must stay while what an older datapath has is taken over
         self._changing = threading.Lock()
@@ -294,7 +296,9 @@ class Agent:
         """Why this process must be started anew, or None."""
         if not self._exporter.alive:
             return "the export thread has ended"
-        return None if self._attacher.alive else "the attach thread has ended"
+        if not self._attacher.alive:
+            return "the attach thread has ended"
+        return None if self._serving() else "the http thread has ended"
 
     def not_ready(self) -> str | None:
         """Why this agent is not ready, or None."""
@@ -335,12 +339,17 @@ class Agent:
             )
         )
 
-    def serve(self) -> Any:
-        """The HTTP server, as a context."""
-        return http.serve(
+    @contextlib.contextmanager
+    def serve(self) -> Iterator[None]:
+        """Serve HTTP until left."""
+        with http.serve(
             self._settings.http,
             metrics=self.metrics,
             not_alive=self.not_alive,
             not_ready=self.not_ready,
             topology=self.topology,
-        )
+            health=self._settings.health,
+            allow=self._settings.http_allow,
+        ) as serving:
+            self._serving = serving
+            yield

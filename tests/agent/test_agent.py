@@ -270,11 +270,14 @@ def test_wall_clock_that_is_set_is_followed(pin_dir, tmp_path, monkeypatch):
     with_agent(pin_dir, tmp_path, scenario)
 
 
-@pytest.mark.parametrize("thread", ["export", "attach"])
+@pytest.mark.parametrize("thread", ["export", "attach", "http"])
 def test_thread_that_has_ended_ends_the_process(pin_dir, tmp_path, monkeypatch, thread):
     async def scenario(process: agent.Agent) -> None:
-        of = {"export": exporter.Exporter, "attach": attach.Attacher}[thread]
-        monkeypatch.setattr(of, "alive", False)
+        if thread == "http":
+            process._serving = lambda: False
+        else:
+            of = {"export": exporter.Exporter, "attach": attach.Attacher}[thread]
+            monkeypatch.setattr(of, "alive", False)
         with pytest.raises(RuntimeError, match=f"the {thread} thread has ended"):
             await process.keep_time()
 

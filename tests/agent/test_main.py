@@ -115,6 +115,10 @@ def test_an_agent_does_not_pay_for_doctor_and_status_with_its_memory():
     ("options", "words"),
     [
         (["--http", "nonsense"], "'nonsense' is not HOST:PORT or none"),
+        (["--health", "nonsense"], "'nonsense' is not HOST:PORT or none"),
+        (["--http-allow", "10.0.0.0/8,10.0.0.1/8"], "'10.0.0.1/8' is not a CIDR without host bits"),
+        (["--http-allow", "10.0.0.0/255.0.0.0"], "'10.0.0.0/255.0.0.0' is not a CIDR"),
+        (["--http-allow", "pods"], "'pods' is not a CIDR"),
         (["--node-id", "x"], "node id 'x' is not 0..4294967295 or an IPv4 address"),
         (["--attach", "xdp"], "invalid choice: 'xdp'"),
     ],
@@ -167,6 +171,42 @@ def test_standalone_ends_within_two_seconds_and_leaves_nothing(tmp_path, pin_dir
         assert status == 0, agent.log.read_text()
         assert seconds < 2
         assert not pin_dir.exists()
+
+
+# an agent whose ports another program has, until a file is there
+_PORTS_TAKEN = textwrap.dedent(
+    """
+    import socket, sys, threading, time
+    from pathlib import Path
+    from hostint_agent import __main__, http_server
+    http_server._LAST_RETRY_S = 0.2
+    others = [socket.create_server(("127.0.0.1", port)) for port in (9464, 9465)]
+    released = Path(sys.argv.pop(1))
+    def release():
+        while not released.exists():
+            time.sleep(0.05)
+        for other in others:
+            other.close()
+    threading.Thread(target=release, daemon=True).start()
+    sys.exit(__main__.main())
+    """
+)
+
+
+@pytest.mark.bpf
+def test_ports_in_use_cost_the_pages_and_not_the_reports(tmp_path, pin_dir):
+    released = tmp_path / "released"
+    command = [sys.executable, "-c", _PORTS_TAKEN, str(released)]
+    options = ("--health", "127.0.0.1:9465", "--log-format", "json")
+    with running(tmp_path, pin_dir, *options, command=command) as agent:
+        time.sleep(1)
+        released.touch()
+        agent.wait_for(
+            '"pages": "metrics", "address": "127.0.0.1:9464", "event": "http port served'
+        )
+        agent.wait_for('"pages": "health", "address": "127.0.0.1:9465", "event": "http port served')
+        assert agent.stop()[0] == 0, agent.log.read_text()
+    assert agent.log.read_text().count("http port not served, retrying") == 2
 
 
 @pytest.mark.bpf
