@@ -175,9 +175,9 @@ async def run_in_cluster(chosen: settings.Settings) -> None:
 
 
 async def run_standalone(
-    chosen: settings.Settings, paths: Sequence[Path], node_id: int, spec: NodeConfigSpec
+    chosen: settings.Settings, configuration: standalone.Configuration
 ) -> None:
-    """`hostint-agent standalone`; `spec` is what the files make at the start."""
+    """`hostint-agent standalone`."""
     queue: asyncio.Queue[agent.Wanted] = asyncio.Queue()
     generations = itertools.count(1)
 
@@ -186,13 +186,14 @@ async def run_standalone(
         queue.put_nowait(wanted)
         return wanted
 
-    process = agent.Agent(chosen, hand_over(spec))
+    await configuration.look_up()
+    process = agent.Agent(chosen, hand_over(configuration.spec()))
     await asyncio.to_thread(start, process)
     try:
         with process.serve():
             log.info("agent started", node=chosen.node, version=agent.VERSION)
             await _until_stopped(
-                standalone.follow(paths, node_id, hand_over),
+                configuration.follow(hand_over),
                 _apply_latest(process, queue),
                 process.keep_time(),
                 watchdog.watch(),
@@ -214,11 +215,11 @@ def _standalone(options: argparse.Namespace) -> int:
     node_id = options.node_id
     if node_id is None:
         node_id = standalone.default_node_id(interfaces.read_network())
-    spec = standalone.compile_files(options.files, node_id)
+    configuration = standalone.Configuration(options.files, node_id)
     ensure_bpffs(chosen.pin_dir)
     with _alone(chosen.pin_dir):
         try:
-            asyncio.run(run_standalone(chosen, options.files, node_id, spec))
+            asyncio.run(run_standalone(chosen, configuration))
         finally:
             if not options.keep:
                 unload.unload(chosen.pin_dir)

@@ -13,6 +13,7 @@ import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,9 +42,14 @@ class Running:
     """`hostint-agent standalone` in a network namespace of its own."""
 
     def __init__(
-        self, tmp_path: Path, pin_dir: Path, *options: str, command: Sequence[str] = COMMAND
+        self,
+        tmp_path: Path,
+        pin_dir: Path,
+        *options: str,
+        command: Sequence[str] = COMMAND,
+        collector: str = COLLECTOR,
     ) -> None:
-        self.paths = files(tmp_path, COLLECTOR, watchlist())
+        self.paths = files(tmp_path, collector, watchlist())
         self.log = tmp_path / "log"
         arguments = ["standalone", str(self.paths[0]), "--pin-dir", str(pin_dir)]
         arguments += ["--state-dir", str(tmp_path / "state"), "--node-id", "1", *options]
@@ -70,10 +76,8 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(
-    tmp_path: Path, pin_dir: Path, *options: str, command: Sequence[str] = COMMAND
-) -> Iterator[Running]:
-    agent = Running(tmp_path, pin_dir, *options, command=command)
+def running(tmp_path: Path, pin_dir: Path, *options: str, **more: Any) -> Iterator[Running]:
+    agent = Running(tmp_path, pin_dir, *options, **more)
     try:
         agent.wait_for("rules replaced")
         yield agent
@@ -207,6 +211,19 @@ def test_ports_in_use_cost_the_pages_and_not_the_reports(tmp_path, pin_dir):
         agent.wait_for('"pages": "health", "address": "127.0.0.1:9465", "event": "http port served')
         assert agent.stop()[0] == 0, agent.log.read_text()
     assert agent.log.read_text().count("http port not served, retrying") == 2
+
+
+@pytest.mark.bpf
+def test_standalone_starts_without_dns_and_says_so(tmp_path, pin_dir):
+    """In a network namespace without any way out."""
+    named = COLLECTOR.replace("192.0.2.9", "collector.example")
+    options = ("--http", "none", "--log-format", "json")
+    with running(tmp_path, pin_dir, *options, collector=named) as agent:
+        told = [json.loads(line) for line in agent.log.read_text().splitlines()]
+        (missing,) = [entry for entry in told if entry["event"].startswith("collector name not")]
+        assert (missing["name"], missing["level"]) == ("collector.example", "error")
+        status, seconds = agent.stop()
+        assert (status, seconds < 2) == (0, True), agent.log.read_text()
 
 
 @pytest.mark.bpf
