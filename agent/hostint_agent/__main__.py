@@ -157,7 +157,7 @@ async def run_in_cluster(chosen: settings.Settings) -> None:
         config = cluster.NodeConfig(api, chosen.node, queue.put_nowait)
         process = agent.Agent(chosen)
         writer = cluster.StatusWriter(config, process.status)
-        process.on_status = writer.poke
+        process.on_status = config.on_seen = writer.poke
         await asyncio.to_thread(start, process)
         log.info("agent started", node=chosen.node, version=agent.VERSION)
         try:

@@ -38,11 +38,15 @@ class FakeServer:
         self._end = asyncio.Event()
         self._news = asyncio.Event()
 
-    def put(self, generation: int, node_id: int, uid: str = "u") -> None:
+    def put(
+        self, generation: int, node_id: int, uid: str = "u", status: dict | None = None
+    ) -> None:
         self.version += 1
         metadata = {"name": NODE, "uid": uid, "generation": generation}
         metadata["resourceVersion"] = str(self.version)
         self.item = {"metadata": metadata, "spec": {"nodeID": node_id, "digest": f"d{generation}"}}
+        if status is not None:
+            self.item["status"] = status
         self.tell("MODIFIED", self.item)
 
     def delete(self, *, silently: bool = False) -> None:
@@ -282,6 +286,34 @@ def test_a_watch_that_says_nothing_is_given_up(tmp_path, monkeypatch):
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("end", ["silent", "away"])
+def test_server_whose_versions_went_back_is_listed(tmp_path, monkeypatch, end):
+    """etcd was restored from a backup: a watch from the version before says nothing."""
+    monkeypatch.setattr(cluster, "SILENCE_S", 0.3)
+
+    async def scenario() -> None:
+        server = FakeServer()
+        server.version = 1000
+        server.put(7, 17)
+        async with following(server, tmp_path) as (seen, _):
+            await until(lambda: server.watches)
+            server.version = 500
+            server._events.clear()
+            server.put(2, 12)
+            if end == "away":
+                server.down = True
+                server.drop()
+                await until(lambda: server.refused)
+                server.down = False
+            await until(lambda: len(seen) == 2)
+            assert ids(seen) == [17, 12]
+            assert [wanted.generation for wanted in seen] == [7, 2]
+            server.put(3, 13)
+            await until(lambda: len(seen) == 3)
+
+    asyncio.run(scenario())
+
+
 def test_a_server_that_is_away_changes_nothing_and_is_told_once(tmp_path):
     async def scenario() -> None:
         server = FakeServer()
@@ -339,6 +371,89 @@ def test_the_status_is_written_once_and_again_when_it_changes(tmp_path):
             told = [body["status"]["observedGeneration"] for body in server.statuses]
             assert told == [1, 2]
             assert server.statuses[0]["metadata"] == {"name": NODE}
+
+    asyncio.run(scenario())
+
+
+@contextlib.asynccontextmanager
+async def writing(config: cluster.NodeConfig, status: NodeConfigStatus) -> AsyncIterator[None]:
+    """The writer of a status that stays the same."""
+    writer = cluster.StatusWriter(config, lambda: status)
+    config.on_seen = writer.poke
+    task = asyncio.create_task(writer.run())
+    try:
+        yield
+    finally:
+        task.cancel()
+
+
+def test_object_that_is_made_anew_gets_the_same_status_again(tmp_path):
+    """With the generation and digest that it had: deleted and made again, or restored."""
+    status = NodeConfigStatus(observed_generation=1, observed_digest="d1")
+
+    async def scenario() -> None:
+        server = FakeServer()
+        server.put(1, 11, uid="first")
+        async with following(server, tmp_path) as (_, config), writing(config, status):
+            await until(lambda: len(server.statuses) == 1)
+            await until(lambda: server.watches)
+            server.put(1, 11, uid="second")
+            await until(lambda: len(server.statuses) == 2)
+            await asyncio.sleep(0.1)
+            assert len(server.statuses) == 2
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("left", [None, {"observedGeneration": 9, "observedDigest": "d9"}])
+def test_status_that_was_lost_or_overwritten_is_written_again(tmp_path, left, monkeypatch):
+    monkeypatch.setattr(cluster, "_FIRST_BACKOFF_S", 0.02)
+    status = NodeConfigStatus(observed_generation=1, observed_digest="d1")
+
+    async def scenario() -> None:
+        server = FakeServer()
+        server.put(1, 11)
+        async with following(server, tmp_path) as (_, config), writing(config, status):
+            await until(lambda: len(server.statuses) == 1)
+            await until(lambda: server.watches)
+            for body in (server.statuses[0]["status"], left, server.statuses[0]["status"]):
+                server.put(1, 11, status=body)
+                await asyncio.sleep(0.1)
+            assert len(server.statuses) == 2
+
+    asyncio.run(scenario())
+
+
+def test_late_event_of_an_older_status_is_no_reason_to_write(tmp_path):
+    status = NodeConfigStatus(observed_generation=1, observed_digest="d1")
+
+    async def scenario() -> None:
+        server = FakeServer()
+        server.put(1, 11)
+        async with following(server, tmp_path) as (_, config), writing(config, status):
+            await until(lambda: len(server.statuses) == 1)
+            await until(lambda: server.watches)
+            server.put(1, 11, status={"observedGeneration": 0})
+            server.put(1, 11, status=server.statuses[0]["status"])
+            await asyncio.sleep(1.5)
+            assert len(server.statuses) == 1
+
+    asyncio.run(scenario())
+
+
+def test_contest_with_another_writer_is_slow(tmp_path):
+    status = NodeConfigStatus(observed_generation=1, observed_digest="d1")
+
+    async def scenario() -> None:
+        server = FakeServer()
+        server.put(1, 11)
+        async with following(server, tmp_path) as (_, config), writing(config, status):
+            await until(lambda: server.watches)
+            until_s = asyncio.get_running_loop().time() + 4
+            while asyncio.get_running_loop().time() < until_s:
+                server.put(1, 11, status={"observedGeneration": 9})
+                await asyncio.sleep(0.05)
+            assert 2 <= len(server.statuses) <= 6
 
     asyncio.run(scenario())
 
