@@ -4,6 +4,7 @@
 import asyncio
 import contextlib
 import json
+import ssl
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from aiohttp import web
 
 from hostint_agent import agent, cluster
 from hostint_api import NodeConfigStatus
+from tests.testcluster.control_plane import Pki
 
 NODE = "node-a"
 
@@ -138,26 +140,34 @@ async def following(
 
 
 @contextlib.asynccontextmanager
-async def serving(server: FakeServer, port: int = 0) -> AsyncIterator[str]:
+async def serving(
+    server: FakeServer, port: int = 0, tls: ssl.SSLContext | None = None
+) -> AsyncIterator[str]:
     app = web.Application()
     app.router.add_get(cluster.PATH, server.get)
     app.router.add_patch(f"{cluster.PATH}/{NODE}/status", server.patch)
     runner = web.AppRunner(app, shutdown_timeout=0.05, access_log=None)
     await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", port).start()
+    await web.TCPSite(runner, "127.0.0.1", port, ssl_context=tls).start()
     try:
-        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+        yield f"http{'s' if tls else ''}://127.0.0.1:{runner.addresses[0][1]}"
     finally:
         await runner.cleanup()
 
 
-def write_kubeconfig(directory: Path, address: str) -> Path:
+def write_kubeconfig(directory: Path, address: str, authority: Path | None = None) -> Path:
     content = {
         "apiVersion": "v1",
         "kind": "Config",
         "current-context": "c",
         "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
-        "clusters": [{"name": "c", "cluster": {"server": address}}],
+        "clusters": [
+            {
+                "name": "c",
+                "cluster": {"server": address}
+                | ({"certificate-authority": str(authority)} if authority else {}),
+            }
+        ],
         "users": [{"name": "u", "user": {"token": "t"}}],
     }
     path = directory / "kubeconfig"
@@ -491,6 +501,66 @@ def test_an_object_that_makes_no_sense_is_told_and_changes_nothing(tmp_path):
                 ["spec.nodeID: Invalid value: -1: must be at least 0"]
             ]
 
+    asyncio.run(scenario())
+
+
+def of_authority(directory: Path, name: str) -> tuple[Path, ssl.SSLContext]:
+    """A certificate authority, and what a server with a certificate of it needs."""
+    pki = Pki(directory / name)
+    pki.create()
+    pki.certificate("server", "/CN=server", "subjectAltName=IP:127.0.0.1")
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(pki.path("server.crt"), pki.path("server.key"))
+    return pki.path("ca.crt"), context
+
+
+def test_authority_that_is_replaced_is_followed(tmp_path):
+    """The kubelet replaces the file; an agent runs for longer than a certificate authority."""
+    first, first_tls = of_authority(tmp_path, "first")
+    second, second_tls = of_authority(tmp_path, "second")
+    authority = tmp_path / "ca.crt"
+    authority.write_bytes(first.read_bytes())
+
+    async def scenario() -> None:
+        server = FakeServer()
+        server.put(1, 11)
+        seen: list[agent.Wanted] = []
+        async with serving(server, tls=first_tls) as address:
+            kubeconfig = write_kubeconfig(tmp_path, address, authority)
+            api = await stack.enter_async_context(cluster.connect(kubeconfig))
+            task = asyncio.create_task(cluster.NodeConfig(api, NODE, seen.append).watch())
+            await until(lambda: seen)
+        server.put(2, 12)
+        async with serving(server, int(address.rpartition(":")[2]), second_tls):
+            await asyncio.sleep(1)
+            assert len(seen) == 1, "it is not known yet"
+            authority.write_bytes(second.read_bytes())
+            await until(lambda: len(seen) == 2)
+            task.cancel()
+
+    async def whole() -> None:
+        async with stack:
+            await scenario()
+
+    stack = contextlib.AsyncExitStack()
+    asyncio.run(whole())
+
+
+def test_authority_without_key_usage_is_taken(tmp_path, monkeypatch):
+    """By the default of Python 3.13 it is not."""
+    default = ssl.create_default_context
+
+    def strict(*arguments, **more) -> ssl.SSLContext:
+        context = default(*arguments, **more)
+        context.verify_flags |= ssl.VERIFY_X509_STRICT
+        return context
+
+    async def scenario() -> None:
+        async with cluster.connect(write_kubeconfig(tmp_path, "https://127.0.0.1:1")) as api:
+            flags = api._client.rest_client.ssl_context.verify_flags
+            assert not flags & ssl.VERIFY_X509_STRICT
+
+    monkeypatch.setattr(ssl, "create_default_context", strict)
     asyncio.run(scenario())
 
 
