@@ -37,6 +37,8 @@ _SO_ATTACH_FILTER, _SO_SNDBUFFORCE, _SO_COOKIE = 26, 32, 57
 _ACCEPT_NOTHING = struct.pack("=HBBI", 6, 0, 0, 0)
 _MSG_DONTWAIT = int(socket.MSG_DONTWAIT)
 _IP_RECVERR, _IPV6_RECVERR = 11, 25
+# linux/in6.h, RFC 5014
+_IPV6_ADDR_PREFERENCES, _IPV6_PREFER_SRC_PUBLIC = 72, 2
 _CONTROL_BYTES = 24
 _SEND_BUFFER_BYTES = 8 << 20
 # What newer kernels take at once, what all take, and what is left without segmentation: a route may
@@ -249,6 +251,8 @@ class Sender:
         else:
             ours.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_TCLASS, tos)
             ours.setsockopt(socket.IPPROTO_IPV6, _IPV6_RECVERR, 1)
+            # A collector knows a node by its address, and temporary ones change every day.
+            ours.setsockopt(socket.IPPROTO_IPV6, _IPV6_ADDR_PREFERENCES, _IPV6_PREFER_SRC_PUBLIC)
 
     def close(self) -> None:
         """Close the socket."""

@@ -12,7 +12,7 @@ from hostint_agent import senders
 from hostint_agent.node_rules import Destination
 from tests.agent.cable import FAR, FAR6, cable
 from tests.agent.exports import Clock, accounts, exported  # noqa: F401
-from tests.agent.rings import Receiver, Rings, rings
+from tests.agent.rings import Receiver, Rings, eventually, rings
 from tests.lab.namespace import Namespace
 
 pytestmark = pytest.mark.bpf
@@ -220,3 +220,20 @@ def test_error_that_single_reports_get_too_is_not_about_segments(code, calls, mo
         assert exports.counters() == {0: (1000, 1000)}
         assert max(calls) == 128
         receiver.take(1000)
+
+
+def test_stable_address_is_preferred_to_temporary_ones():
+    """A collector knows a node by its address; temporary ones change every day (RFC 8981)."""
+    with cable() as (near, far), rings() as datapath:
+        near.run("sysctl", "-qw", "net.ipv6.conf.eth0.use_tempaddr=2")
+        near.run("ip", "addr", "flush", "dev", "eth0", "scope", "global")
+        near.run(
+            *"ip addr add fd98::77/64 dev eth0 mngtmpaddr nodad valid_lft 9999 preferred_lft 9999".split()
+        )
+        assert "temporary" in near.run("ip", "-6", "addr", "show", "dev", "eth0")
+        eventually(lambda: "tentative" not in near.run("ip", "-6", "addr", "show", "dev", "eth0"))
+        with far.inside(lambda: Receiver("far", FAR6)) as receiver:
+            exports = exported(datapath, {0: receiver.destination})
+            datapath.write(0, 0)
+            near.inside(exports.poll)
+            assert receiver.socket.recvfrom(2048)[1][0] == "fd98::77"
