@@ -2,7 +2,7 @@
 # Everything a newcomer needs: `make demo`, `make test`. Run as root on Debian 12; each target does its own set-up.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup try demo bench test test-unit test-bpf test-lab test-cluster lint format unload clean
+.PHONY: again help setup try demo bench test test-unit test-bpf test-lab test-cluster lint format unload clean
 
 PYTHON := .venv/bin/python
 PYTEST := .venv/bin/pytest
@@ -15,21 +15,22 @@ export HOSTINT_BPF_DIR := $(CURDIR)/bpf
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
 
-setup: build/setup.stamp ## install what is missing and prepare .venv (all commands are in .venv/bin)
+setup: .venv/setup.stamp ## install what is missing and prepare .venv (all commands are in .venv/bin)
 
-build/setup.stamp: pyproject.toml Makefile
+# The stamp goes with .venv. Without a Python that runs, as after an upgrade of the system's, it counts for nothing.
+.venv/setup.stamp: pyproject.toml Makefile $(if $(shell test -x $(PYTHON) && echo yes),,again)
 	@test "$$(id -u)" = 0 || { echo "make: run as root: packages are installed, programs loaded into the kernel, namespaces made" >&2; exit 1; }
 	@missing="$$(for p in $(PACKAGES); do dpkg-query -W -f='$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done)"; \
 	if [ -n "$$missing" ]; then \
 		echo "installing Debian packages:" $$missing; \
 		apt-get update -qq </dev/null && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing </dev/null >/dev/null; \
 	fi
-	@test -x $(PYTHON) || { echo "making .venv"; /usr/bin/python3 -m venv --system-site-packages .venv; }
+	@test -x $(PYTHON) || { echo "making .venv"; /usr/bin/python3 -m venv --clear --system-site-packages .venv; }
 	@echo "installing Python packages into .venv"
 	@# without build isolation: that would ask the index again, and not with this machine's trust and settings
 	@.venv/bin/pip install -q --disable-pip-version-check 'setuptools>=77' wheel </dev/null
 	@.venv/bin/pip install -q --disable-pip-version-check --no-build-isolation -e '.[operator,dev]' </dev/null
-	@mkdir -p build && touch $@
+	@touch $@
 
 try: setup ## a taste in half a minute: one node and its pods as namespaces, real traffic, reports as they arrive
 	@$(PYTHON) -m tests.lab.try_it
@@ -62,6 +63,7 @@ lint: setup ## ruff, mypy, import contracts, yamllint
 	@.venv/bin/ruff check -q .
 	@.venv/bin/ruff format -q --check .
 	@.venv/bin/mypy --no-error-summary
+	@mkdir -p build
 	@.venv/bin/lint-imports --no-cache >build/imports.log || { cat build/imports.log; exit 1; }
 	@.venv/bin/yamllint -s .
 	@echo "lint: clean"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fixtures that need a real Kubernetes, made once a test run."""
+"""Fixtures of every test run, and those that need a real Kubernetes, made once."""
 
 import os
 import signal
@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 
 from hostint_agent.__main__ import ensure_bpffs
+from tests.leftovers import Leftovers
 from tests.testcluster import Cluster, ControlPlane, images
+
+
+@pytest.fixture(scope="session", autouse=True)
+def leftovers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A session leaves nothing on the machine."""
+    watched = Leftovers(tmp_path_factory.getbasetemp())
+    yield
+    assert watched.end() == []
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -29,8 +38,10 @@ def bpffs() -> None:
 @pytest.fixture(scope="session")
 def api_server() -> Iterator[ControlPlane]:
     """The control plane alone: etcd, API server, controller manager."""
-    directory = Path(tempfile.mkdtemp(prefix="hostint-plane-"))
-    with ControlPlane(directory) as plane:
+    with (
+        tempfile.TemporaryDirectory(prefix="hostint-plane-") as directory,
+        ControlPlane(Path(directory)) as plane,
+    ):
         yield plane
 
 

@@ -25,7 +25,6 @@ from hostint_agent import (
     check,
     command_line,
     counters,
-    http,
     interfaces,
     kernel,
     loader,
@@ -33,6 +32,7 @@ from hostint_agent import (
     settings,
     standalone,
     unload,
+    watchdog,
 )
 from hostint_api import NodeConfigSpec
 
@@ -157,7 +157,7 @@ async def run_in_cluster(chosen: settings.Settings) -> None:
         config = cluster.NodeConfig(api, chosen.node, queue.put_nowait)
         process = agent.Agent(chosen)
         writer = cluster.StatusWriter(config, process.status)
-        process.on_status = writer.poke
+        process.on_status = config.on_seen = writer.poke
         await asyncio.to_thread(start, process)
         log.info("agent started", node=chosen.node, version=agent.VERSION)
         try:
@@ -167,6 +167,7 @@ async def run_in_cluster(chosen: settings.Settings) -> None:
                     _apply_latest(process, queue),
                     writer.run(),
                     process.keep_time(),
+                    watchdog.watch(),
                 )
         finally:
             await asyncio.to_thread(process.stop)
@@ -174,9 +175,9 @@ async def run_in_cluster(chosen: settings.Settings) -> None:
 
 
 async def run_standalone(
-    chosen: settings.Settings, paths: Sequence[Path], node_id: int, spec: NodeConfigSpec
+    chosen: settings.Settings, configuration: standalone.Configuration
 ) -> None:
-    """`hostint-agent standalone`; `spec` is what the files make at the start."""
+    """`hostint-agent standalone`."""
     queue: asyncio.Queue[agent.Wanted] = asyncio.Queue()
     generations = itertools.count(1)
 
@@ -185,15 +186,17 @@ async def run_standalone(
         queue.put_nowait(wanted)
         return wanted
 
-    process = agent.Agent(chosen, hand_over(spec))
+    await configuration.look_up()
+    process = agent.Agent(chosen, hand_over(configuration.spec()))
     await asyncio.to_thread(start, process)
     try:
         with process.serve():
             log.info("agent started", node=chosen.node, version=agent.VERSION)
             await _until_stopped(
-                standalone.follow(paths, node_id, hand_over),
+                configuration.follow(hand_over),
                 _apply_latest(process, queue),
                 process.keep_time(),
+                watchdog.watch(),
             )
     finally:
         await asyncio.to_thread(process.stop)
@@ -212,11 +215,11 @@ def _standalone(options: argparse.Namespace) -> int:
     node_id = options.node_id
     if node_id is None:
         node_id = standalone.default_node_id(interfaces.read_network())
-    spec = standalone.compile_files(options.files, node_id)
+    configuration = standalone.Configuration(options.files, node_id)
     ensure_bpffs(chosen.pin_dir)
     with _alone(chosen.pin_dir):
         try:
-            asyncio.run(run_standalone(chosen, options.files, node_id, spec))
+            asyncio.run(run_standalone(chosen, configuration))
         finally:
             if not options.keep:
                 unload.unload(chosen.pin_dir)
@@ -302,7 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except Exception as error:  # the last place; everything is told, nothing swallowed
         cause = _innermost(error)
-        if isinstance(cause, StartError | http.HttpError | ValueError | OSError) or (
+        if isinstance(cause, StartError | ValueError | OSError) or (
             type(cause).__name__ in ("SetupError", "InvalidFiles")
         ):
             print(f"hostint-agent: {cause}", file=sys.stderr)  # noqa: T201

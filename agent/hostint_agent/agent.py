@@ -2,10 +2,11 @@
 """The agent process: brings the datapath up, makes configurations live, and knows how all of it is doing."""
 
 import asyncio
+import contextlib
 import dataclasses
 import importlib.metadata
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import structlog
@@ -61,8 +62,10 @@ class Agent:
         """
         self._settings = chosen
         self._first = first
+        self._keeper = last_good.Keeper(chosen.state_dir, chosen.node)
         # called, in the event loop, whenever `status` may say something else
         self.on_status: Callable[[], None] = lambda: None
+        self._serving: Callable[[], bool] = lambda: True
         self._loop = asyncio.get_running_loop()
         # places of watchlists and collectors must stay while what an older datapath has is taken over
         self._changing = threading.Lock()
@@ -168,25 +171,40 @@ class Agent:
         good = last_good.LastGood(
             wanted.spec, wanted.generation, program.watchlist_indexes, program.collector_indexes
         )
-        last_good.save(self._settings.state_dir, self._settings.node, good)
+        self._keeper.save(good)
 
     async def keep_time(self) -> None:
         """Follow the wall clock, and notice when a collector's health changes.
 
-        Raises RuntimeError where a thread has ended: an agent that does half of its work must not look like one that does it.
+        Raises RuntimeError if a thread has ended: an agent that does half of its work must not look
+        like one that does it. Anything else that fails here is logged and tried again.
         """
         before: dict[str, senders.Health] = {}
+        failure = ""
         while True:
             await asyncio.sleep(_CLOCK_INTERVAL_S)
             if reason := self.not_alive():
                 raise RuntimeError(reason)
+            # every second, because the wall clock may be set at any time
             self._config.refresh_wall_offset()
-            health = self._exporter.health()
-            told = {name: (h.reachable, h.reason) for name, h in health.items()}
-            if told != {name: (h.reachable, h.reason) for name, h in before.items()}:
-                self._tell_collectors(before, health)
-                self.on_status()
-            before = health
+            try:
+                before = self._follow_collectors(before)
+            except Exception as error:  # reports go on without it
+                if str(error) != failure:
+                    log.exception("health of collectors not known, retrying")
+                failure = str(error)
+            else:
+                failure = ""
+
+    def _follow_collectors(self, before: dict[str, senders.Health]) -> dict[str, senders.Health]:
+        """Log and announce what changed in the health of collectors, and return it."""
+        self._exporter.recheck()
+        health = self._exporter.health()
+        told = {name: (h.reachable, h.reason) for name, h in health.items()}
+        if told != {name: (h.reachable, h.reason) for name, h in before.items()}:
+            self._tell_collectors(before, health)
+            self.on_status()
+        return health
 
     def _tell_collectors(
         self, before: dict[str, senders.Health], now: dict[str, senders.Health]
@@ -281,7 +299,9 @@ class Agent:
         """Why this process must be started anew, or None."""
         if not self._exporter.alive:
             return "the export thread has ended"
-        return None if self._attacher.alive else "the attach thread has ended"
+        if not self._attacher.alive:
+            return "the attach thread has ended"
+        return None if self._serving() else "the http thread has ended"
 
     def not_ready(self) -> str | None:
         """Why this agent is not ready, or None."""
@@ -322,12 +342,17 @@ class Agent:
             )
         )
 
-    def serve(self) -> Any:
-        """The HTTP server, as a context."""
-        return http.serve(
+    @contextlib.contextmanager
+    def serve(self) -> Iterator[None]:
+        """Serve HTTP until left."""
+        with http.serve(
             self._settings.http,
             metrics=self.metrics,
             not_alive=self.not_alive,
             not_ready=self.not_ready,
             topology=self.topology,
-        )
+            health=self._settings.health,
+            allow=self._settings.http_allow,
+        ) as serving:
+            self._serving = serving
+            yield

@@ -23,10 +23,10 @@ PATH = f"/apis/{names.API_VERSION}/{names.NODE_CONFIGS}"
 _APPLY = "application/apply-patch+yaml"
 _REQUEST_TIMEOUT_S = 15.0
 _WATCH_TIMEOUT_S = 3600.0
-# bookmarks come about once a minute; a watch that says nothing for longer is dead
+# Bookmarks come about once a minute. A watch that says nothing for longer is broken, or begins at a
+# version that the server does not have: etcd was restored from a backup.
 SILENCE_S = 90.0
 _FIRST_BACKOFF_S, _LAST_BACKOFF_S = 0.5, 30.0
-_GONE = 410
 
 log = structlog.get_logger()
 
@@ -47,6 +47,9 @@ class SetupError(Exception):
 async def connect(kubeconfig: Path | None) -> AsyncIterator["Api"]:
     """Open a client: with the pod's own service account, or with a kubeconfig. Raises SetupError."""
     configuration = kubernetes_client.Configuration()
+    # Python 3.13 refuses certificate authorities without keyUsage, which kubectl and all Go clients
+    # take, and which clusters have that were made years ago.
+    configuration.disable_strict_ssl_verification = True
     try:
         if kubeconfig is None:
             kubernetes_config.load_incluster_config(configuration)  # type: ignore[no-untyped-call]
@@ -90,7 +93,18 @@ class Api:
                     raise ApiError(response.status, (await response.text())[:300])
                 yield response
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            if isinstance(error, aiohttp.ClientConnectorCertificateError):
+                self._load_authority()
             raise ApiError(0, str(error) or type(error).__name__) from error
+
+    def _load_authority(self) -> None:
+        """Trust what the file of the certificate authority holds now: authorities are replaced."""
+        client = self._client
+        if client.configuration.ssl_ca_cert:
+            with contextlib.suppress(OSError):
+                client.rest_client.ssl_context.load_verify_locations(
+                    client.configuration.ssl_ca_cert
+                )
 
 
 class Backoff:
@@ -118,6 +132,11 @@ class NodeConfig:
         self._on_config = on_config
         self._broken = False
         self._last: tuple[str | None, int] | None = None
+        # the object as it was seen last, or written since
+        self._uid: str | None = None
+        self._status: Any = None
+        # called whenever the object was seen
+        self.on_seen: Callable[[], None] = lambda: None
         self._reader = spec_reader.SpecReader()
 
     async def watch(self) -> None:
@@ -136,12 +155,8 @@ class NodeConfig:
                 # a server that ends every watch at once is in trouble, and not to be asked without pause
                 if version == before:
                     await backoff.sleep()
-            except ApiError as error:
-                if error.status == _GONE:
-                    version = None
-                self._note(error)
-                await backoff.sleep()
-            except ValueError as error:
+            except (ApiError, ValueError) as error:
+                # A server that was away may have gone back in time. A list is the truth.
                 version = None
                 self._note(error)
                 await backoff.sleep()
@@ -191,6 +206,12 @@ class NodeConfig:
 
     def _take(self, item: dict[str, Any] | None) -> None:
         """Hand over what is new; an object that does not make sense is told and changes nothing."""
+        self._uid = item["metadata"]["uid"] if item else None
+        self._status = item.get("status") if item else None
+        self._take_spec(item)
+        self.on_seen()
+
+    def _take_spec(self, item: dict[str, Any] | None) -> None:
         if item is None:
             seen: tuple[str | None, int] = (None, 0)
         else:
@@ -213,22 +234,40 @@ class NodeConfig:
             return
         self._on_config(Wanted(spec, seen[1]))
 
+    def has(self, status: NodeConfigStatus) -> bool:
+        """Return whether the object has this status, as far as it was seen."""
+        return bool(self._status == _body(status))
+
+    @property
+    def uid(self) -> str | None:
+        """Which object of this name there is; None: there is none."""
+        return self._uid
+
     async def write_status(self, status: NodeConfigStatus) -> None:
         """Server-side apply the whole status. Raises ApiError."""
         body = {
             "apiVersion": names.API_VERSION,
             "kind": names.NODE_CONFIG_KIND,
             "metadata": {"name": self._node},
-            "status": status.model_dump(mode="json", by_alias=True),
+            "status": _body(status),
         }
         query = {"fieldManager": names.AGENT_MANAGER, "force": "true"}
         path = f"{PATH}/{self._node}/status"
         async with self._api.open("PATCH", path, query, body) as response:
             await response.read()
+        self._status = _body(status)
+
+
+def _body(status: NodeConfigStatus) -> dict[str, Any]:
+    return status.model_dump(mode="json", by_alias=True)
 
 
 class StatusWriter:
-    """Writes the status when it has changed, and again until it is written."""
+    """Writes the status when it has changed, and again until it is written.
+
+    What was written is remembered per object: one that was made again may have the generation and
+    digest of the one before, and no status. It is also written again if the object shows another.
+    """
 
     def __init__(self, config: NodeConfig, status: Callable[[], NodeConfigStatus | None]) -> None:
         self._config = config
@@ -241,13 +280,23 @@ class StatusWriter:
 
     async def run(self) -> None:
         """Write until cancelled."""
-        written: NodeConfigStatus | None = None
-        backoff, failing = Backoff(), False
+        written: tuple[str | None, NodeConfigStatus] | None = None
+        # another process may write this node's status, too: no contest
+        backoff, contest, failing = Backoff(), Backoff(), False
         while True:
             await self._changed.wait()
             self._changed.clear()
             status = self._status()
-            if status is None or status == written or not status.observed_digest:
+            if status is None or not status.observed_digest:
+                continue
+            uid = self._config.uid
+            if (uid, status) == written:
+                if not self._config.has(status):
+                    await contest.sleep()
+                    # an event of before may have come late
+                    if not self._config.has(status):
+                        written = None
+                        self._changed.set()
                 continue
             try:
                 await self._config.write_status(status)
@@ -258,5 +307,5 @@ class StatusWriter:
                 await backoff.sleep()
                 self._changed.set()
             else:
-                written, failing = status, False
+                written, failing = (uid, status), False
                 backoff.reset()

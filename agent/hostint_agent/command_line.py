@@ -23,7 +23,7 @@ def parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", help="follow this node's IntNodeConfig (in a cluster)")
-    settings.add_agent_options(run, environment, settings.DEFAULT_HTTP)
+    settings.add_agent_options(run, environment)
     run.add_argument(
         "--kubeconfig", type=Path, help="default: the pod's own service account", metavar="FILE"
     )
@@ -51,7 +51,7 @@ def parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
 def _add_standalone_options(
     parser: argparse.ArgumentParser, environment: Mapping[str, str]
 ) -> None:
-    settings.add_agent_options(parser, environment, settings.DEFAULT_STANDALONE_HTTP)
+    settings.add_agent_options(parser, environment, settings.DEFAULT_STANDALONE_HTTP, "none")
     parser.add_argument(
         "files", nargs="+", type=Path, metavar="FILE", help="YAML, read again on change"
     )
@@ -68,7 +68,7 @@ def _add_standalone_options(
 
 def _add_doctor_options(parser: argparse.ArgumentParser, environment: Mapping[str, str]) -> None:
     """Those of the agent, which say what to look at, and its own."""
-    settings.add_agent_options(parser, environment, settings.DEFAULT_HTTP)
+    settings.add_agent_options(parser, environment)
     parser.add_argument(
         "--collector",
         type=settings.as_argument(parse_collector),

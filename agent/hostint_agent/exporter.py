@@ -20,8 +20,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-import structlog
-
 from hostint_agent import bell, bpf_calls, bpf_types, numbering, report_rings, senders
 from hostint_agent.node_rules import Destination
 
@@ -39,8 +37,6 @@ _STOP_S = 1.5
 _MASK32 = (1 << 32) - 1
 
 K = TypeVar("K")
-
-log = structlog.get_logger()
 
 
 class _Turns:
@@ -88,8 +84,13 @@ class Exporter:
         *,
         renumber: bool | None = None,
         clock: Callable[[], float] = time.monotonic,
+        sockets: senders.SendingSockets | None = None,
     ) -> None:
-        """Map the rings below `maps`. `renumber` None: by the number of CPUs. Raises bpf_calls.BpfError."""
+        """Map the rings below `maps`. Raises bpf_calls.BpfError.
+
+        `renumber` None: by the number of CPUs. `sockets`: where open sockets are announced.
+        """
+        self.sockets = sockets or senders.SendingSockets()
         self._rings = report_rings.Rings(maps)
         self._maps = maps
         cpus = bpf_calls.possible_cpus()
@@ -104,7 +105,7 @@ class Exporter:
         # those that were wanted once, as long as their index is nobody else's: what waits for them still goes there
         self._known: dict[int, Destination] = {}
         self._senders: dict[int, senders.Sender] = {}
-        self._connect_errors: dict[int, tuple[float, str]] = {}
+        self._open_errors: dict[int, tuple[float, str]] = {}
         self._stopping = False
         self._wake = os.eventfd(0)
         weakref.finalize(self, os.close, self._wake)
@@ -153,16 +154,27 @@ class Exporter:
                     del self._senders[index]
             self._wanted = dict(wanted)
             self._known |= wanted
-            self._connect_errors.clear()
+            self._open_errors.clear()
 
     def health(self) -> dict[str, senders.Health]:
         """How each collector is doing, by name. Does not wait for what is being sent."""
         return {to.name: self._health(index, to) for index, to in self._wanted.items()}
 
+    def recheck(self) -> None:
+        """Try unreachable collectors again, without a report; to be called about once a second."""
+        for index in self._wanted:
+            if index in self._open_errors:
+                with self._turns.mine():
+                    self._sender(index)
+            elif sender := self._senders.get(index):
+                # closed meanwhile: its index leads elsewhere now
+                with contextlib.suppress(OSError):
+                    sender.recheck()
+
     def _health(self, index: int, destination: Destination) -> senders.Health:
-        error, sender = self._connect_errors.get(index), self._senders.get(index)
+        error, sender = self._open_errors.get(index), self._senders.get(index)
         if error:
-            return senders.Health(False, "NoRoute", error[1])
+            return senders.Health(False, "NoSocket", error[1])
         if sender:
             # closed meanwhile: its index leads elsewhere now
             with contextlib.suppress(OSError):
@@ -280,27 +292,24 @@ class Exporter:
         counter.failed += failed
 
     def _sender(self, collector: int) -> senders.Sender | None:
-        """The socket of a collector, made when first needed; None while there is no way to it."""
+        """Return the socket of a collector, opened when first needed; None if it cannot be."""
         sender = self._senders.get(collector)
         if sender is not None:
             return sender
         destination = self._known.get(collector)
         if destination is None:
             return None
-        error = self._connect_errors.get(collector)
+        error = self._open_errors.get(collector)
         if error and self._clock() - error[0] < 1.0:
             return None
         try:
-            sender = senders.Sender(destination, self._clock)
+            sender = senders.Sender(destination, self._clock, self.sockets)
         except OSError as failure:
             where = f"{destination.address}:{destination.port}"
             words = f"{where}: {(failure.strerror or str(failure)).lower()}"
-            if collector not in self._connect_errors:
-                log.warning("no way to the collector", collector=destination.name, error=words)
-            self._connect_errors[collector] = (self._clock(), words)
+            self._open_errors[collector] = (self._clock(), words)
             return None
-        if self._connect_errors.pop(collector, None):
-            log.info("collector reachable again", collector=destination.name)
+        self._open_errors.pop(collector, None)
         self._senders[collector] = sender
         return sender
 

@@ -16,7 +16,7 @@ _EVENTS = {
 _ACTIONS = {"Report": bpf_types.RuleAction.REPORT, "Ignore": bpf_types.RuleAction.IGNORE}
 _FORMATS = {"TelemetryReportV05": bpf_types.ReportFormat.V05}
 # watchlist 0 is the agent's own Ignore rules; collector 0 is a collector like any other
-_FIRST_WATCHLIST = 1
+FIRST_WATCHLIST = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +201,7 @@ def build(
     Raises classifier.LimitExceeded when there are more watchlists or collectors than places.
     """
     names = [watchlist.name for watchlist in spec.watchlists]
-    watchlist_indexes = watchlists.follow(names, _FIRST_WATCHLIST, bpf_types.MAX_WATCHLISTS)
+    watchlist_indexes = watchlists.follow(names, FIRST_WATCHLIST, bpf_types.MAX_WATCHLISTS)
     collector_indexes = collectors.follow(
         (c.name for c in spec.collectors), 0, bpf_types.MAX_COLLECTORS
     )

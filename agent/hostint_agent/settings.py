@@ -2,6 +2,7 @@
 """The agent's settings: command line options, each with an environment variable, and their defaults."""
 
 import argparse
+import ipaddress
 import os
 import socket
 from collections.abc import Callable, Mapping
@@ -10,12 +11,16 @@ from pathlib import Path
 from typing import Literal, TypeVar, get_args
 
 from hostint_agent import attach, interfaces, loader
+from hostint_agent.http_server import Network
 
 DEFAULT_PIN_DIR = "/sys/fs/bpf/hostint"
 DEFAULT_STATE_DIR = "/var/lib/hostint"
 DEFAULT_CGROUP_ROOT = "/sys/fs/cgroup"
-DEFAULT_HTTP = "0.0.0.0:9464"
+# every address of both families
+DEFAULT_HTTP = "[::]:9464"
 DEFAULT_STANDALONE_HTTP = "127.0.0.1:9464"
+# where no pod can reach it, and with a port of its own: a readiness probe must not depend on others
+DEFAULT_HEALTH = "127.0.0.1:9465"
 LogFormat = Literal["auto", "json", "console"]
 
 _T = TypeVar("_T")
@@ -36,6 +41,9 @@ class Settings:
     log_level: str
     log_format: LogFormat
     kubeconfig: Path | None = None
+    health: tuple[str, int] | None = None
+    # who may read metrics and topology, besides processes of this host
+    http_allow: tuple[Network, ...] = ()
 
 
 def parse_listen(text: str) -> tuple[str, int] | None:
@@ -45,7 +53,25 @@ def parse_listen(text: str) -> tuple[str, int] | None:
     host, separator, port = text.rpartition(":")
     if not separator or not port.isdecimal() or int(port) > 65535:
         raise ValueError(f"'{text}' is not HOST:PORT or none")
-    return host.strip("[]") or "0.0.0.0", int(port)  # noqa: S104 (what an empty host means everywhere)
+    return host.strip("[]") or "::", int(port)
+
+
+def parse_networks(text: str) -> tuple[Network, ...]:
+    """CIDRs and addresses with commas between. Raises ValueError."""
+    return tuple(_network(part) for part in _names(text))
+
+
+def _network(text: str) -> Network:
+    length = text.partition("/")[2]
+    try:
+        # a netmask, which the standard library takes as well, is a slip more often than not
+        if length and not length.isdecimal():
+            raise ValueError
+        return ipaddress.ip_network(text)
+    except ValueError:
+        raise ValueError(
+            f"'{text}' is not a CIDR without host bits (10.244.0.0/16), or an address"
+        ) from None
 
 
 def as_argument(parse: Callable[[str], _T]) -> Callable[[str], _T]:
@@ -116,18 +142,15 @@ def add_state_options(parser: argparse.ArgumentParser, environment: Mapping[str,
 
 
 def add_agent_options(
-    parser: argparse.ArgumentParser, environment: Mapping[str, str], http: str
+    parser: argparse.ArgumentParser,
+    environment: Mapping[str, str],
+    http: str = DEFAULT_HTTP,
+    health: str = DEFAULT_HEALTH,
 ) -> None:
-    """Options of `run` and `standalone`."""
+    """Options of `run` and `standalone`; `http` and `health` are the defaults."""
     add_options(parser, environment)
     add_state_options(parser, environment)
-    parser.add_argument(
-        "--http",
-        type=as_argument(parse_listen),
-        default=environment.get("HOSTINT_HTTP", http),
-        metavar="HOST:PORT|none",
-        help=f"metrics, health and topology (env HOSTINT_HTTP; default: {http})",
-    )
+    _add_http_options(parser, environment, http, health)
     for flag, words in (("include", "also watch"), ("exclude", "never watch")):
         parser.add_argument(
             f"--{flag}-interfaces",
@@ -145,6 +168,31 @@ def add_agent_options(
     )
 
 
+def _add_http_options(
+    parser: argparse.ArgumentParser, environment: Mapping[str, str], http: str, health: str
+) -> None:
+    for flag, default, words in (
+        ("http", http, "metrics, topology and health"),
+        ("health", health, "health alone, for the readiness probe"),
+    ):
+        variable = f"HOSTINT_{flag.upper()}"
+        parser.add_argument(
+            f"--{flag}",
+            type=as_argument(parse_listen),
+            default=environment.get(variable, default),
+            metavar="HOST:PORT|none",
+            help=f"{words} (env {variable}; default: {default})",
+        )
+    parser.add_argument(
+        "--http-allow",
+        type=as_argument(parse_networks),
+        default=environment.get("HOSTINT_HTTP_ALLOW", ""),
+        metavar="CIDRS",
+        help="who may read metrics and topology, besides this host: CIDRs with commas between "
+        "(env HOSTINT_HTTP_ALLOW)",
+    )
+
+
 def from_options(options: argparse.Namespace) -> Settings:
     """The settings that parsed options mean."""
     return Settings(
@@ -159,6 +207,8 @@ def from_options(options: argparse.Namespace) -> Settings:
         log_level=options.log_level,
         log_format=options.log_format,
         kubeconfig=getattr(options, "kubeconfig", None),
+        health=options.health,
+        http_allow=options.http_allow,
     )
 
 

@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Configuration from files instead of the API server: the same objects, read again when a file changes."""
+"""Configuration from files instead of the API server: the same objects, read again when a file changes.
+
+Collectors may be given by name. One whose name has no address yet is left out: its watchlists are
+not programmed until there is one.
+"""
 
 import asyncio
 import ipaddress
-import socket
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
 
-from hostint_agent import interfaces, yaml_objects
+from hostint_agent import interfaces, resolver, yaml_objects
 from hostint_api import (
     CollectorSpec,
     IgnoredDestination,
@@ -27,33 +31,29 @@ POLL_S = 1.0
 
 log = structlog.get_logger()
 
-Resolve = Callable[[str], str]
+# addresses by name, as far as they are known
+Addresses = Mapping[str, str]
 
 
 class InvalidFiles(Exception):
     """The files do not make a configuration; one line a problem."""
 
 
-def resolve(name: str) -> str:
-    """First address of a host name. Raises OSError."""
-    return str(socket.getaddrinfo(name, None, type=socket.SOCK_DGRAM)[0][4][0])
-
-
-def _collector(path: Path, name: str, spec: CollectorSpec, resolve_name: Resolve) -> NodeCollector:
-    if spec.address is None:
-        raise InvalidFiles(
-            f"{path}: IntCollector {name}: spec.service: needs Kubernetes; give an address instead"
-        )
+def _is_address(text: str) -> bool:
     try:
-        address = ipaddress.ip_address(spec.address)
+        ipaddress.ip_address(text)
     except ValueError:
-        try:
-            address = ipaddress.ip_address(resolve_name(spec.address))
-        except (OSError, ValueError) as error:
-            words = getattr(error, "strerror", None) or str(error)
-            raise InvalidFiles(
-                f'{path}: IntCollector {name}: spec.address: Invalid value: "{spec.address}": {words}'
-            ) from error
+        return False
+    return True
+
+
+def _collector(name: str, spec: CollectorSpec, addresses: Addresses) -> NodeCollector | None:
+    """Return a collector as the node needs it; None if its name has no address yet."""
+    given = spec.address or ""
+    known = given if _is_address(given) else addresses.get(given)
+    if known is None:
+        return None
+    address = ipaddress.ip_address(known)
     return NodeCollector(
         name=name,
         address=address,
@@ -83,35 +83,57 @@ def _rule_id(watchlist: str, rule: str) -> int:
     return zlib.crc32(f"{watchlist}/{rule}".encode()) or 1
 
 
-def compile_files(
-    paths: Sequence[Path], node_id: int, resolve_name: Resolve = resolve
-) -> NodeConfigSpec:
-    """The configuration that these files make. Every watchlist applies: a node selector has nothing to select among.
+@dataclass(frozen=True, slots=True)
+class Objects:
+    """Valid objects from files, by name."""
 
-    Raises InvalidFiles with everything that is wrong.
-    """
+    collectors: Mapping[str, CollectorSpec]
+    watchlists: Mapping[str, WatchlistSpec]
+
+    def names(self) -> set[str]:
+        """Return the names of hosts that have to be looked up."""
+        given = {spec.address for spec in self.collectors.values() if spec.address}
+        return {text for text in given if not _is_address(text)}
+
+
+def read_files(paths: Sequence[Path]) -> Objects:
+    """Return what is in these files. Raises InvalidFiles with everything that is wrong."""
     objects, problems = yaml_objects.load_objects(paths)
     if problems:
         raise InvalidFiles("\n".join(str(problem) for problem in problems))
-    collectors = [
-        _collector(item.path, item.name, item.spec, resolve_name)
-        for item in objects
-        if isinstance(item.spec, CollectorSpec)
-    ]
-    known = {collector.name for collector in collectors}
-    lists = [(o.name, o.spec, o.path) for o in objects if isinstance(o.spec, WatchlistSpec)]
-    for name, spec, path in lists:
-        if spec.collector_name not in known:
-            raise InvalidFiles(
-                f"{path}: IntWatchlist {name}: spec.collectorRef.name: Not found: "
-                f'"{spec.collector_name}": no file has an IntCollector of that name'
-            )
+    collectors, watchlists = {}, {}
+    for item in objects:
+        if isinstance(item.spec, WatchlistSpec):
+            watchlists[item.name] = item.spec
+        else:
+            collectors[item.name] = item.spec
+    for item in objects:
+        where = f"{item.path}: {item.kind} {item.name}"
+        if isinstance(item.spec, WatchlistSpec):
+            if item.spec.collector_name not in collectors:
+                raise InvalidFiles(
+                    f"{where}: spec.collectorRef.name: Not found: "
+                    f'"{item.spec.collector_name}": no file has an IntCollector of that name'
+                )
+        elif item.spec.address is None:
+            raise InvalidFiles(f"{where}: spec.service: needs Kubernetes; give an address instead")
+    return Objects(collectors, watchlists)
+
+
+def compile_objects(objects: Objects, node_id: int, addresses: Addresses) -> NodeConfigSpec:
+    """Return the configuration that these objects make, with the addresses that are known now.
+
+    Every watchlist applies: a node selector has nothing to select among.
+    """
+    made = (_collector(name, spec, addresses) for name, spec in objects.collectors.items())
+    collectors = [collector for collector in made if collector]
+    lists = list(objects.watchlists.items())
     lists.sort(key=lambda entry: (-entry[1].priority, entry[0]))
     config = NodeConfigSpec(
         node_id=node_id,
         collectors=tuple(collectors),
         ignored=tuple(IgnoredDestination(address=c.address, port=c.port) for c in collectors),
-        watchlists=tuple(_node_watchlist(name, spec) for name, spec, _ in lists),
+        watchlists=tuple(_node_watchlist(name, spec) for name, spec in lists),
         rules=tuple(
             NodeRule(
                 id=_rule_id(name, rule.name),
@@ -123,7 +145,7 @@ def compile_files(
                 destination=rule.destination,
                 bidirectional=rule.bidirectional,
             )
-            for name, spec, _ in lists
+            for name, spec in lists
             for rule in spec.rules
         ),
     )
@@ -143,24 +165,59 @@ def _stamps(paths: Sequence[Path]) -> list[tuple[int, int, int] | None]:
     return stamps
 
 
-async def follow(
-    paths: Sequence[Path], node_id: int, apply: Callable[[NodeConfigSpec], object]
-) -> None:
-    """Hand over a new configuration whenever the files make one. Bad files are told, and what is live stays."""
-    before = _stamps(paths)
-    while True:
-        await asyncio.sleep(POLL_S)
-        now = _stamps(paths)
-        if now == before:
-            continue
-        before = now
-        try:
-            spec = await asyncio.to_thread(compile_files, paths, node_id)
-        except InvalidFiles as error:
-            for line in str(error).splitlines():
-                log.error("file not used, the last good configuration stays", error=line)
-        else:
-            apply(spec)
+class Configuration:
+    """What files and the resolver say: the last good objects, with the last known addresses."""
+
+    def __init__(
+        self, paths: Sequence[Path], node_id: int, names: resolver.Resolver | None = None
+    ) -> None:
+        """Read the files. Raises InvalidFiles."""
+        self._paths = paths
+        self._node_id = node_id
+        self._resolver = names or resolver.Resolver()
+        self._stamps = _stamps(paths)
+        self._objects = read_files(paths)
+
+    def spec(self) -> NodeConfigSpec:
+        """Return the configuration as it is now."""
+        return compile_objects(self._objects, self._node_id, self._resolver.addresses)
+
+    async def look_up(self) -> None:
+        """Look up all names. DNS that does not answer takes some seconds, and no more."""
+        await self._resolver.refresh(self._objects.names())
+
+    async def follow(self, apply: Callable[[NodeConfigSpec], object]) -> None:
+        """Hand over a new configuration whenever files or addresses make one.
+
+        Bad files are logged, and what is live stays.
+        """
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._follow_files(apply))
+            group.create_task(self._follow_names(apply))
+
+    async def _follow_files(self, apply: Callable[[NodeConfigSpec], object]) -> None:
+        while True:
+            await asyncio.sleep(POLL_S)
+            now = _stamps(self._paths)
+            if now == self._stamps:
+                continue
+            self._stamps = now
+            try:
+                objects = await asyncio.to_thread(read_files, self._paths)
+            except InvalidFiles as error:
+                for line in str(error).splitlines():
+                    log.error("file not used, the last good configuration stays", error=line)
+                continue
+            await self._resolver.refresh(objects.names() - self._objects.names())
+            self._objects = objects
+            self._resolver.forget_others(objects.names())
+            apply(self.spec())
+
+    async def _follow_names(self, apply: Callable[[NodeConfigSpec], object]) -> None:
+        while True:
+            if await self._resolver.refresh(self._objects.names()):
+                apply(self.spec())
+            await asyncio.sleep(POLL_S)
 
 
 def parse_node_id(text: str) -> int:

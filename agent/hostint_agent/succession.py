@@ -25,6 +25,7 @@ from hostint_agent import (
     kernel,
     loader,
     node_rules,
+    senders,
 )
 
 log = structlog.get_logger()
@@ -98,7 +99,7 @@ class Succession:
         sent: Mapping[int, tuple[int, int]] = {}
         wanted: dict[str, list[bytes]] = {}
         with _telling(old, "reports"):
-            sent = _empty(old_maps, destinations)
+            sent = _empty(old_maps, destinations, self._sending.sockets)
         with _telling(old, "sequence numbers"):
             _continue_sequences(old_maps, maps)
         with _telling(old, "counters"):
@@ -128,10 +129,12 @@ def _telling(old: Path, what: str) -> Iterator[None]:
 
 
 def _empty(
-    old_maps: Path, destinations: Mapping[int, node_rules.Destination]
+    old_maps: Path,
+    destinations: Mapping[int, node_rules.Destination],
+    sockets: senders.SendingSockets,
 ) -> Mapping[int, tuple[int, int]]:
     """Send what waits in another build's rings; what was sent of these in all. Raises OSError or ValueError."""
-    left = exporter.Exporter(old_maps)
+    left = exporter.Exporter(old_maps, sockets=sockets)
     left.set_destinations(destinations)
     left.empty()
     left.stop()

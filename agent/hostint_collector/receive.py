@@ -58,7 +58,9 @@ class Receiver:
             for level, kind, value in control:
                 if level == socket.SOL_SOCKET and kind == _SO_RXQ_OVFL:
                     self.kernel_drops = struct.unpack("=I", value)[0]
-            yield data, sender[0]
+            # With an empty datagram an agent finds out whether its collector is back.
+            if data:
+                yield data, sender[0]
 
     def close(self) -> None:
         """Close the socket."""

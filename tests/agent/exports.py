@@ -13,6 +13,16 @@ from tests.agent.rings import Rings
 _MADE: list[tuple[Rings, exporter.Exporter]] = []
 
 
+class Clock:
+    """A clock that goes when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 def exported(
     datapath: Rings, destinations: Mapping[int, Destination], **options: object
 ) -> exporter.Exporter:

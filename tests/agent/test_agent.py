@@ -3,14 +3,26 @@
 
 import asyncio
 import errno
+import json
 import os
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
+import structlog
 
-from hostint_agent import agent, attach, interfaces, loader, settings, unload
+from hostint_agent import (
+    agent,
+    attach,
+    exporter,
+    interfaces,
+    kernel,
+    loader,
+    senders,
+    settings,
+    unload,
+)
 from hostint_agent.loader import default_bpf_dir
 from tests.agent.test_node_rules import COLLECTOR, RULE, WATCHLIST, spec
 from tests.agent.test_succession import put, words
@@ -134,6 +146,24 @@ def test_the_last_good_configuration_is_live_after_a_restart(pin_dir, tmp_path):
     with_agent(pin_dir, tmp_path, second)
 
 
+@pytest.mark.parametrize("index", [0, 256, "1"])
+def test_kept_index_that_no_map_has_is_replaced(pin_dir, tmp_path, index):
+    async def first(process: agent.Agent) -> None:
+        await process.apply(agent.Wanted(spec(), 1))
+
+    async def second(process: agent.Agent) -> None:
+        assert process._program.watchlist_indexes.names == {"shop": 1}
+        assert set(process._program.policies) == {1}
+        assert [rule.watchlist for rule in process._program.rules] == [0, 1, 1]
+
+    with_agent(pin_dir, tmp_path, first)
+    (kept,) = tmp_path.glob("*.json")
+    data = json.loads(kept.read_text())
+    data["watchlists"]["names"]["shop"] = index
+    kept.write_text(json.dumps(data))
+    with_agent(pin_dir, tmp_path, second)
+
+
 def test_what_it_began_with_is_answered_and_not_written_again(pin_dir, tmp_path):
     first = agent.Wanted(spec(), 1)
 
@@ -191,6 +221,68 @@ def test_metrics_carry_the_name_of_the_watchlist(pin_dir, tmp_path):
         watched = next(m for m in process.metrics() if m.name == "hostint_watched")
         assert [(s.labels, s.value) for s in watched.samples] == [({"watchlist": "shop"}, 0)]
 
+    with_agent(pin_dir, tmp_path, scenario)
+
+
+async def becomes(check: Callable[[], object]) -> None:
+    async with asyncio.timeout(10):
+        while not check():
+            await asyncio.sleep(0.02)
+
+
+def test_health_that_fails_once_ends_nothing(pin_dir, tmp_path, monkeypatch):
+    async def scenario(process: agent.Agent) -> None:
+        await process.apply(agent.Wanted(spec(), 1))
+        faults = [OSError(errno.ENOMEM, "no memory"), ValueError("not thought of")]
+        asked = []
+
+        def health() -> dict[str, senders.Health]:
+            asked.append(1)
+            if faults:
+                raise faults.pop()
+            return {"default": senders.Health(False, "NoRoute", "network unreachable")}
+
+        changed = []
+        process.on_status = lambda: changed.append(1)
+        monkeypatch.setattr(process._exporter, "health", health)
+        keeping = asyncio.create_task(process.keep_time())
+        with structlog.testing.capture_logs() as logs:
+            await becomes(lambda: changed)
+        assert not keeping.done()
+        keeping.cancel()
+        assert [entry["event"] for entry in logs] == [
+            *["health of collectors not known, retrying"] * 2,
+            "collector not reachable",
+        ]
+
+    monkeypatch.setattr(agent, "_CLOCK_INTERVAL_S", 0.02)
+    with_agent(pin_dir, tmp_path, scenario)
+
+
+def test_wall_clock_that_is_set_is_followed(pin_dir, tmp_path, monkeypatch):
+    async def scenario(process: agent.Agent) -> None:
+        await process.apply(agent.Wanted(spec(), 1))
+        keeping = asyncio.create_task(process.keep_time())
+        monkeypatch.setattr(kernel, "wall_offset_ns", lambda: -5)
+        await becomes(lambda: process._config._config.wall_offset_ns == (1 << 64) - 5)
+        keeping.cancel()
+
+    monkeypatch.setattr(agent, "_CLOCK_INTERVAL_S", 0.02)
+    with_agent(pin_dir, tmp_path, scenario)
+
+
+@pytest.mark.parametrize("thread", ["export", "attach", "http"])
+def test_thread_that_has_ended_ends_the_process(pin_dir, tmp_path, monkeypatch, thread):
+    async def scenario(process: agent.Agent) -> None:
+        if thread == "http":
+            process._serving = lambda: False
+        else:
+            of = {"export": exporter.Exporter, "attach": attach.Attacher}[thread]
+            monkeypatch.setattr(of, "alive", False)
+        with pytest.raises(RuntimeError, match=f"the {thread} thread has ended"):
+            await process.keep_time()
+
+    monkeypatch.setattr(agent, "_CLOCK_INTERVAL_S", 0.02)
     with_agent(pin_dir, tmp_path, scenario)
 
 

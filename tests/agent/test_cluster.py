@@ -4,6 +4,7 @@
 import asyncio
 import contextlib
 import json
+import ssl
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from aiohttp import web
 
 from hostint_agent import agent, cluster
 from hostint_api import NodeConfigStatus
+from tests.testcluster.control_plane import Pki
 
 NODE = "node-a"
 
@@ -38,11 +40,15 @@ class FakeServer:
         self._end = asyncio.Event()
         self._news = asyncio.Event()
 
-    def put(self, generation: int, node_id: int, uid: str = "u") -> None:
+    def put(
+        self, generation: int, node_id: int, uid: str = "u", status: dict | None = None
+    ) -> None:
         self.version += 1
         metadata = {"name": NODE, "uid": uid, "generation": generation}
         metadata["resourceVersion"] = str(self.version)
         self.item = {"metadata": metadata, "spec": {"nodeID": node_id, "digest": f"d{generation}"}}
+        if status is not None:
+            self.item["status"] = status
         self.tell("MODIFIED", self.item)
 
     def delete(self, *, silently: bool = False) -> None:
@@ -134,26 +140,34 @@ async def following(
 
 
 @contextlib.asynccontextmanager
-async def serving(server: FakeServer, port: int = 0) -> AsyncIterator[str]:
+async def serving(
+    server: FakeServer, port: int = 0, tls: ssl.SSLContext | None = None
+) -> AsyncIterator[str]:
     app = web.Application()
     app.router.add_get(cluster.PATH, server.get)
     app.router.add_patch(f"{cluster.PATH}/{NODE}/status", server.patch)
     runner = web.AppRunner(app, shutdown_timeout=0.05, access_log=None)
     await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", port).start()
+    await web.TCPSite(runner, "127.0.0.1", port, ssl_context=tls).start()
     try:
-        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+        yield f"http{'s' if tls else ''}://127.0.0.1:{runner.addresses[0][1]}"
     finally:
         await runner.cleanup()
 
 
-def write_kubeconfig(directory: Path, address: str) -> Path:
+def write_kubeconfig(directory: Path, address: str, authority: Path | None = None) -> Path:
     content = {
         "apiVersion": "v1",
         "kind": "Config",
         "current-context": "c",
         "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
-        "clusters": [{"name": "c", "cluster": {"server": address}}],
+        "clusters": [
+            {
+                "name": "c",
+                "cluster": {"server": address}
+                | ({"certificate-authority": str(authority)} if authority else {}),
+            }
+        ],
         "users": [{"name": "u", "user": {"token": "t"}}],
     }
     path = directory / "kubeconfig"
@@ -282,6 +296,34 @@ def test_a_watch_that_says_nothing_is_given_up(tmp_path, monkeypatch):
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("end", ["silent", "away"])
+def test_server_whose_versions_went_back_is_listed(tmp_path, monkeypatch, end):
+    """etcd was restored from a backup: a watch from the version before says nothing."""
+    monkeypatch.setattr(cluster, "SILENCE_S", 0.3)
+
+    async def scenario() -> None:
+        server = FakeServer()
+        server.version = 1000
+        server.put(7, 17)
+        async with following(server, tmp_path) as (seen, _):
+            await until(lambda: server.watches)
+            server.version = 500
+            server._events.clear()
+            server.put(2, 12)
+            if end == "away":
+                server.down = True
+                server.drop()
+                await until(lambda: server.refused)
+                server.down = False
+            await until(lambda: len(seen) == 2)
+            assert ids(seen) == [17, 12]
+            assert [wanted.generation for wanted in seen] == [7, 2]
+            server.put(3, 13)
+            await until(lambda: len(seen) == 3)
+
+    asyncio.run(scenario())
+
+
 def test_a_server_that_is_away_changes_nothing_and_is_told_once(tmp_path):
     async def scenario() -> None:
         server = FakeServer()
@@ -343,6 +385,89 @@ def test_the_status_is_written_once_and_again_when_it_changes(tmp_path):
     asyncio.run(scenario())
 
 
+@contextlib.asynccontextmanager
+async def writing(config: cluster.NodeConfig, status: NodeConfigStatus) -> AsyncIterator[None]:
+    """The writer of a status that stays the same."""
+    writer = cluster.StatusWriter(config, lambda: status)
+    config.on_seen = writer.poke
+    task = asyncio.create_task(writer.run())
+    try:
+        yield
+    finally:
+        task.cancel()
+
+
+def test_object_that_is_made_anew_gets_the_same_status_again(tmp_path):
+    """With the generation and digest that it had: deleted and made again, or restored."""
+    status = NodeConfigStatus(observed_generation=1, observed_digest="d1")
+
+    async def scenario() -> None:
+        server = FakeServer()
+        server.put(1, 11, uid="first")
+        async with following(server, tmp_path) as (_, config), writing(config, status):
+            await until(lambda: len(server.statuses) == 1)
+            await until(lambda: server.watches)
+            server.put(1, 11, uid="second")
+            await until(lambda: len(server.statuses) == 2)
+            await asyncio.sleep(0.1)
+            assert len(server.statuses) == 2
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("left", [None, {"observedGeneration": 9, "observedDigest": "d9"}])
+def test_status_that_was_lost_or_overwritten_is_written_again(tmp_path, left, monkeypatch):
+    monkeypatch.setattr(cluster, "_FIRST_BACKOFF_S", 0.02)
+    status = NodeConfigStatus(observed_generation=1, observed_digest="d1")
+
+    async def scenario() -> None:
+        server = FakeServer()
+        server.put(1, 11)
+        async with following(server, tmp_path) as (_, config), writing(config, status):
+            await until(lambda: len(server.statuses) == 1)
+            await until(lambda: server.watches)
+            for body in (server.statuses[0]["status"], left, server.statuses[0]["status"]):
+                server.put(1, 11, status=body)
+                await asyncio.sleep(0.1)
+            assert len(server.statuses) == 2
+
+    asyncio.run(scenario())
+
+
+def test_late_event_of_an_older_status_is_no_reason_to_write(tmp_path):
+    status = NodeConfigStatus(observed_generation=1, observed_digest="d1")
+
+    async def scenario() -> None:
+        server = FakeServer()
+        server.put(1, 11)
+        async with following(server, tmp_path) as (_, config), writing(config, status):
+            await until(lambda: len(server.statuses) == 1)
+            await until(lambda: server.watches)
+            server.put(1, 11, status={"observedGeneration": 0})
+            server.put(1, 11, status=server.statuses[0]["status"])
+            await asyncio.sleep(1.5)
+            assert len(server.statuses) == 1
+
+    asyncio.run(scenario())
+
+
+def test_contest_with_another_writer_is_slow(tmp_path):
+    status = NodeConfigStatus(observed_generation=1, observed_digest="d1")
+
+    async def scenario() -> None:
+        server = FakeServer()
+        server.put(1, 11)
+        async with following(server, tmp_path) as (_, config), writing(config, status):
+            await until(lambda: server.watches)
+            until_s = asyncio.get_running_loop().time() + 4
+            while asyncio.get_running_loop().time() < until_s:
+                server.put(1, 11, status={"observedGeneration": 9})
+                await asyncio.sleep(0.05)
+            assert 2 <= len(server.statuses) <= 6
+
+    asyncio.run(scenario())
+
+
 def test_a_status_that_could_not_be_written_is_told_once_and_tried_again(tmp_path):
     async def scenario() -> None:
         server = FakeServer()
@@ -376,6 +501,66 @@ def test_an_object_that_makes_no_sense_is_told_and_changes_nothing(tmp_path):
                 ["spec.nodeID: Invalid value: -1: must be at least 0"]
             ]
 
+    asyncio.run(scenario())
+
+
+def of_authority(directory: Path, name: str) -> tuple[Path, ssl.SSLContext]:
+    """A certificate authority, and what a server with a certificate of it needs."""
+    pki = Pki(directory / name)
+    pki.create()
+    pki.certificate("server", "/CN=server", "subjectAltName=IP:127.0.0.1")
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(pki.path("server.crt"), pki.path("server.key"))
+    return pki.path("ca.crt"), context
+
+
+def test_authority_that_is_replaced_is_followed(tmp_path):
+    """The kubelet replaces the file; an agent runs for longer than a certificate authority."""
+    first, first_tls = of_authority(tmp_path, "first")
+    second, second_tls = of_authority(tmp_path, "second")
+    authority = tmp_path / "ca.crt"
+    authority.write_bytes(first.read_bytes())
+
+    async def scenario() -> None:
+        server = FakeServer()
+        server.put(1, 11)
+        seen: list[agent.Wanted] = []
+        async with serving(server, tls=first_tls) as address:
+            kubeconfig = write_kubeconfig(tmp_path, address, authority)
+            api = await stack.enter_async_context(cluster.connect(kubeconfig))
+            task = asyncio.create_task(cluster.NodeConfig(api, NODE, seen.append).watch())
+            await until(lambda: seen)
+        server.put(2, 12)
+        async with serving(server, int(address.rpartition(":")[2]), second_tls):
+            await asyncio.sleep(1)
+            assert len(seen) == 1, "it is not known yet"
+            authority.write_bytes(second.read_bytes())
+            await until(lambda: len(seen) == 2)
+            task.cancel()
+
+    async def whole() -> None:
+        async with stack:
+            await scenario()
+
+    stack = contextlib.AsyncExitStack()
+    asyncio.run(whole())
+
+
+def test_authority_without_key_usage_is_taken(tmp_path, monkeypatch):
+    """By the default of Python 3.13 it is not."""
+    default = ssl.create_default_context
+
+    def strict(*arguments, **more) -> ssl.SSLContext:
+        context = default(*arguments, **more)
+        context.verify_flags |= ssl.VERIFY_X509_STRICT
+        return context
+
+    async def scenario() -> None:
+        async with cluster.connect(write_kubeconfig(tmp_path, "https://127.0.0.1:1")) as api:
+            flags = api._client.rest_client.ssl_context.verify_flags
+            assert not flags & ssl.VERIFY_X509_STRICT
+
+    monkeypatch.setattr(ssl, "create_default_context", strict)
     asyncio.run(scenario())
 
 

@@ -19,19 +19,11 @@ import pytest
 
 import hostint_collector.sequence
 from hostint_agent import bpf_types, exporter, senders
-from tests.agent.exports import accounts, exported, sequence  # noqa: F401
+from tests.agent.exports import Clock, accounts, exported, sequence  # noqa: F401
 from tests.agent.rings import RING_SIZE, Receiver, closed_destination, eventually, rings
 
 pytestmark = pytest.mark.bpf
-SO_NO_CHECK = 11
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
+SO_NO_CHECK, SO_MEMINFO = 11, 55
 
 
 def test_reports_arrive_in_order_and_byte_for_byte():
@@ -186,7 +178,7 @@ def test_a_batch_that_is_too_large_for_the_kernel_goes_in_smaller_ones(monkeypat
         exports = exported(datapath, {0: receiver.destination})
         exports.poll()
         assert receiver.take(300) == written
-        assert exports._senders[0]._most == [64, 1]
+        assert exports._senders[0]._level == 1
 
 
 def test_a_batch_goes_over_the_end_of_the_ring():
@@ -232,7 +224,6 @@ def test_without_segmentation_offload_reports_go_one_by_one():
         written = [datapath.write(0, 0) for _ in range(30)]
         exports.poll()
         assert receiver.take(31) == [first, *written]
-        assert sender._most == [1]
         assert exports.counters() == {0: (31, 0)}
 
 
@@ -293,7 +284,19 @@ def test_an_error_of_an_earlier_report_costs_no_other_report():
         assert exports.counters() == {0: (10, 0)}
 
 
-def test_a_collector_is_reachable_again_only_when_reports_have_gone_well_for_a_while():
+def unreachable(exports: exporter.Exporter) -> bool:
+    return not exports.health()["nobody"].reachable
+
+
+def listening(at: senders.Destination) -> socket.socket:
+    """A collector that has come back."""
+    opened = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    opened.bind((at.address, at.port))
+    opened.settimeout(5)
+    return opened
+
+
+def test_collector_is_reachable_again_once_a_report_went_well():
     clock = Clock()
     with rings() as datapath:
         closed = closed_destination()
@@ -304,14 +307,89 @@ def test_a_collector_is_reachable_again_only_when_reports_have_gone_well_for_a_w
             exports.poll()
 
         report()
-        eventually(lambda: not exports.health()["nobody"].reachable)
+        eventually(lambda: unreachable(exports))
         clock.now += 100
-        assert not exports.health()["nobody"].reachable, "silence proves nothing"
-        listening = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        listening.bind((closed.address, closed.port))
-        report()
-        assert exports.health()["nobody"].reachable
-        listening.close()
+        assert unreachable(exports), "silence proves nothing"
+        with listening(closed):
+            report()
+            assert unreachable(exports), "an error may still come"
+            clock.now += 5
+            assert not unreachable(exports)
+
+
+def test_collector_stays_unreachable_between_errors_that_are_limited():
+    clock = Clock()
+    with rings() as datapath:
+        closed = closed_destination()
+        exports = exported(datapath, {0: closed}, clock=clock)
+        datapath.write(0, 0)
+        exports.poll()
+        eventually(lambda: unreachable(exports))
+        with listening(closed):
+            for _ in range(9):
+                clock.now += 1
+                datapath.write(0, 0)
+                exports.poll()
+                assert unreachable(exports)
+        # an error more, and the time begins again
+        clock.now += 2
+        datapath.write(0, 0)
+        exports.poll()
+        clock.now += 100
+        assert unreachable(exports)
+
+
+def test_collector_that_is_back_is_found_without_reports():
+    clock = Clock()
+    with rings() as datapath:
+        closed = closed_destination()
+        exports = exported(datapath, {0: closed}, clock=clock)
+        datapath.write(0, 0)
+        exports.poll()
+        eventually(lambda: unreachable(exports))
+        for _ in range(30):
+            clock.now += 1
+            exports.recheck()
+            time.sleep(0.01)
+            assert unreachable(exports), "nothing listens there yet"
+        with listening(closed) as back:
+            for _ in range(20):
+                clock.now += 1
+                exports.recheck()
+            assert not unreachable(exports)
+            assert back.recv(2048) == b""
+            clock.now += 1000
+            exports.recheck()
+            back.settimeout(0.05)
+            with pytest.raises(TimeoutError):
+                back.recv(2048)
+        assert exports.counters() == {0: (1, 0)}
+
+
+def test_reachable_collector_gets_no_empty_datagrams():
+    clock = Clock()
+    with rings() as datapath, Receiver() as receiver:
+        exports = exported(datapath, {0: receiver.destination}, clock=clock)
+        written = datapath.write(0, 0)
+        exports.poll()
+        for _ in range(100):
+            clock.now += 1
+            exports.recheck()
+        assert receiver.take(1) == [written]
+        assert receiver.is_empty()
+
+
+def test_datagrams_sent_to_a_sender_take_no_memory():
+    with rings() as datapath, Receiver() as receiver:
+        exports = exported(datapath, {0: receiver.destination})
+        datapath.write(0, 0)
+        exports.poll()
+        sender = exports._senders[0]._socket
+        for _ in range(100):
+            receiver.socket.sendto(bytes(1000), ("127.0.0.1", sender.getsockname()[1]))
+        assert (
+            struct.unpack_from("=I", sender.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, 36))[0] == 0
+        )
 
 
 def test_reports_that_wait_go_to_where_their_index_led_when_they_were_written():

@@ -13,6 +13,7 @@ import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,9 +42,14 @@ class Running:
     """`hostint-agent standalone` in a network namespace of its own."""
 
     def __init__(
-        self, tmp_path: Path, pin_dir: Path, *options: str, command: Sequence[str] = COMMAND
+        self,
+        tmp_path: Path,
+        pin_dir: Path,
+        *options: str,
+        command: Sequence[str] = COMMAND,
+        collector: str = COLLECTOR,
     ) -> None:
-        self.paths = files(tmp_path, COLLECTOR, watchlist())
+        self.paths = files(tmp_path, collector, watchlist())
         self.log = tmp_path / "log"
         arguments = ["standalone", str(self.paths[0]), "--pin-dir", str(pin_dir)]
         arguments += ["--state-dir", str(tmp_path / "state"), "--node-id", "1", *options]
@@ -70,10 +76,8 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(
-    tmp_path: Path, pin_dir: Path, *options: str, command: Sequence[str] = COMMAND
-) -> Iterator[Running]:
-    agent = Running(tmp_path, pin_dir, *options, command=command)
+def running(tmp_path: Path, pin_dir: Path, *options: str, **more: Any) -> Iterator[Running]:
+    agent = Running(tmp_path, pin_dir, *options, **more)
     try:
         agent.wait_for("rules replaced")
         yield agent
@@ -115,6 +119,10 @@ def test_an_agent_does_not_pay_for_doctor_and_status_with_its_memory():
     ("options", "words"),
     [
         (["--http", "nonsense"], "'nonsense' is not HOST:PORT or none"),
+        (["--health", "nonsense"], "'nonsense' is not HOST:PORT or none"),
+        (["--http-allow", "10.0.0.0/8,10.0.0.1/8"], "'10.0.0.1/8' is not a CIDR without host bits"),
+        (["--http-allow", "10.0.0.0/255.0.0.0"], "'10.0.0.0/255.0.0.0' is not a CIDR"),
+        (["--http-allow", "pods"], "'pods' is not a CIDR"),
         (["--node-id", "x"], "node id 'x' is not 0..4294967295 or an IPv4 address"),
         (["--attach", "xdp"], "invalid choice: 'xdp'"),
     ],
@@ -167,6 +175,55 @@ def test_standalone_ends_within_two_seconds_and_leaves_nothing(tmp_path, pin_dir
         assert status == 0, agent.log.read_text()
         assert seconds < 2
         assert not pin_dir.exists()
+
+
+# an agent whose ports another program has, until a file is there
+_PORTS_TAKEN = textwrap.dedent(
+    """
+    import socket, sys, threading, time
+    from pathlib import Path
+    from hostint_agent import __main__, http_server
+    http_server._LAST_RETRY_S = 0.2
+    others = [socket.create_server(("127.0.0.1", port)) for port in (9464, 9465)]
+    released = Path(sys.argv.pop(1))
+    def release():
+        while not released.exists():
+            time.sleep(0.05)
+        for other in others:
+            other.close()
+    threading.Thread(target=release, daemon=True).start()
+    sys.exit(__main__.main())
+    """
+)
+
+
+@pytest.mark.bpf
+def test_ports_in_use_cost_the_pages_and_not_the_reports(tmp_path, pin_dir):
+    released = tmp_path / "released"
+    command = [sys.executable, "-c", _PORTS_TAKEN, str(released)]
+    options = ("--health", "127.0.0.1:9465", "--log-format", "json")
+    with running(tmp_path, pin_dir, *options, command=command) as agent:
+        time.sleep(1)
+        released.touch()
+        agent.wait_for(
+            '"pages": "metrics", "address": "127.0.0.1:9464", "event": "http port served'
+        )
+        agent.wait_for('"pages": "health", "address": "127.0.0.1:9465", "event": "http port served')
+        assert agent.stop()[0] == 0, agent.log.read_text()
+    assert agent.log.read_text().count("http port not served, retrying") == 2
+
+
+@pytest.mark.bpf
+def test_standalone_starts_without_dns_and_says_so(tmp_path, pin_dir):
+    """In a network namespace without any way out."""
+    named = COLLECTOR.replace("192.0.2.9", "collector.example")
+    options = ("--http", "none", "--log-format", "json")
+    with running(tmp_path, pin_dir, *options, collector=named) as agent:
+        told = [json.loads(line) for line in agent.log.read_text().splitlines()]
+        (missing,) = [entry for entry in told if entry["event"].startswith("collector name not")]
+        assert (missing["name"], missing["level"]) == ("collector.example", "error")
+        status, seconds = agent.stop()
+        assert (status, seconds < 2) == (0, True), agent.log.read_text()
 
 
 @pytest.mark.bpf

@@ -3,13 +3,15 @@
 
 import asyncio
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import structlog
 
-from hostint_agent import interfaces, standalone
+from hostint_agent import interfaces, resolver, standalone
 from hostint_api import NodeConfigSpec
+from tests.agent.exports import Clock
 
 COLLECTOR = """
 apiVersion: hostint.dev/v1alpha1
@@ -37,15 +39,15 @@ def files(directory: Path, *documents: str) -> list[Path]:
     return [path]
 
 
-def no_dns(name: str) -> str:
-    raise OSError(-2, f"no such name {name}")
+def compiled(paths: list[Path], node_id: int = 1, **addresses: str) -> NodeConfigSpec:
+    return standalone.compile_objects(standalone.read_files(paths), node_id, addresses)
 
 
 def test_objects_of_several_files_make_one_configuration(tmp_path):
     paths = files(tmp_path, watchlist())
     other = tmp_path / "collector.yaml"
     other.write_text(COLLECTOR)
-    spec = standalone.compile_files([*paths, other], 42)
+    spec = compiled([*paths, other], 42)
     assert spec.node_id == 42
     assert [(str(c.address), c.port, c.dscp) for c in spec.collectors] == [("192.0.2.9", 5000, 3)]
     assert [(r.watchlist, r.name) for r in spec.rules] == [("shop", "all")]
@@ -55,7 +57,7 @@ def test_objects_of_several_files_make_one_configuration(tmp_path):
 
 def test_higher_priority_comes_first_then_the_name(tmp_path):
     lists = (watchlist("b"), watchlist("c", priority=5), watchlist("a"))
-    spec = standalone.compile_files(files(tmp_path, COLLECTOR, *lists), 1)
+    spec = compiled(files(tmp_path, COLLECTOR, *lists))
     assert [rule.watchlist for rule in spec.rules] == ["c", "a", "b"]
 
 
@@ -75,38 +77,38 @@ def test_higher_priority_comes_first_then_the_name(tmp_path):
             ),
             "IntCollector default: spec.service: needs Kubernetes; give an address instead",
         ),
-        (
-            (COLLECTOR.replace("192.0.2.9", "nowhere.invalid"),),
-            'IntCollector default: spec.address: Invalid value: "nowhere.invalid": no such name',
-        ),
         (("a: [",), "not YAML"),
         ((COLLECTOR, COLLECTOR), "IntCollector default: is in"),
     ],
-    ids=["no collector", "limit", "service", "dns", "yaml", "twice"],
+    ids=["no collector", "limit", "service", "yaml", "twice"],
 )
 def test_what_is_wrong_is_told_with_file_object_and_field(tmp_path, documents, words):
     paths = files(tmp_path, *documents)
     with pytest.raises(standalone.InvalidFiles) as raised:
-        standalone.compile_files(paths, 1, no_dns)
+        standalone.read_files(paths)
     assert str(raised.value).startswith(f"{paths[0]}: ")
     assert words in str(raised.value)
 
 
 class Follower:
-    """Follows files, and does things to them meanwhile."""
+    """Follows files and names, and does things to them meanwhile. The first of `seen` is that of the start."""
 
-    def __init__(self, paths: list[Path]) -> None:
+    def __init__(self, paths: list[Path], names: resolver.Resolver | None = None) -> None:
         self.paths = paths
+        self.names = names
         self.seen: list[NodeConfigSpec] = []
 
     async def until(self, count: int) -> None:
         async with asyncio.timeout(10):
-            while len(self.seen) < count:
+            while len(self.seen) < 1 + count:
                 await asyncio.sleep(0.01)
 
     def run(self, scenario) -> None:
         async def both() -> None:
-            task = asyncio.create_task(standalone.follow(self.paths, 1, self.seen.append))
+            followed = standalone.Configuration(self.paths, 1, self.names)
+            await followed.look_up()
+            self.seen.append(followed.spec())
+            task = asyncio.create_task(followed.follow(self.seen.append))
             await asyncio.sleep(0.05)
             await scenario()
             task.cancel()
@@ -142,7 +144,7 @@ def test_a_bad_file_changes_nothing_until_it_is_good_again(tmp_path):
             async with asyncio.timeout(10):
                 while not logs:
                     await asyncio.sleep(0.01)
-        assert follower.seen == []
+        assert len(follower.seen) == 1
         assert {entry["log_level"] for entry in logs} == {"error"}
         assert str(paths[0]) in logs[0]["error"]
         paths[0].write_text(COLLECTOR + "---" + watchlist("two"))
@@ -164,7 +166,109 @@ def test_a_file_that_goes_away_changes_nothing(tmp_path):
                     await asyncio.sleep(0.01)
 
     follower.run(scenario)
-    assert follower.seen == []
+    assert len(follower.seen) == 1
+
+
+NAMED = COLLECTOR.replace("192.0.2.9", "collector.example")
+
+
+def test_collector_without_an_address_is_left_out_with_its_destination(tmp_path):
+    paths = files(tmp_path, NAMED, watchlist())
+    spec = compiled(paths)
+    assert (spec.collectors, spec.ignored) == ((), ())
+    assert names(spec) == ["shop"]
+    spec = compiled(paths, **{"collector.example": "fd00::9"})
+    assert [str(collector.address) for collector in spec.collectors] == ["fd00::9"]
+
+
+class Dns:
+    """Answers as a test has it, and counts what it is asked."""
+
+    def __init__(self, *answer: str) -> None:
+        self.answer = answer
+        self.asked = 0
+
+    def __call__(self, name: str) -> list[str]:
+        assert name == "collector.example"
+        self.asked += 1
+        if not self.answer:
+            raise OSError(-3, "Temporary failure in name resolution")
+        return list(self.answer)
+
+
+def addresses(spec: NodeConfigSpec) -> list[str]:
+    return [str(collector.address) for collector in spec.collectors]
+
+
+def test_agent_starts_without_dns_and_says_so_and_finds_the_collector_later(tmp_path, monkeypatch):
+    monkeypatch.setattr(standalone, "POLL_S", 0.02)
+    dns, clock = Dns(), Clock()
+    follower = Follower(files(tmp_path, NAMED, watchlist()), resolver.Resolver(dns, clock))
+
+    async def scenario() -> None:
+        dns.answer = ("192.0.2.7",)
+        await asyncio.sleep(0.1)
+        assert dns.asked == 1, "it waits before it asks again"
+        clock.now += 1
+        await follower.until(1)
+
+    with structlog.testing.capture_logs() as logs:
+        follower.run(scenario)
+    assert [addresses(spec) for spec in follower.seen] == [[], ["192.0.2.7"]]
+    assert [(entry["event"], entry.get("error")) for entry in logs] == [
+        (
+            "collector name not resolved, nothing is reported to it; retrying",
+            "Temporary failure in name resolution",
+        ),
+        ("collector name resolved", None),
+    ]
+
+
+def test_address_that_changes_is_followed_and_kept_while_dns_is_away(tmp_path, monkeypatch):
+    monkeypatch.setattr(standalone, "POLL_S", 0.02)
+    dns, clock = Dns("192.0.2.7"), Clock()
+    paths = files(tmp_path, NAMED, watchlist())
+    follower = Follower(paths, resolver.Resolver(dns, clock))
+
+    async def scenario() -> None:
+        dns.answer = ("192.0.2.8",)
+        await asyncio.sleep(0.1)
+        assert dns.asked == 1
+        clock.now += resolver.REFRESH_S
+        await follower.until(1)
+        dns.answer = ()
+        clock.now += resolver.REFRESH_S
+        await becomes(lambda: dns.asked == 3)
+        # a file that changes meanwhile has the last known address
+        paths[0].write_text(NAMED + "---" + watchlist("two"))
+        await follower.until(2)
+
+    follower.run(scenario)
+    assert [addresses(spec) for spec in follower.seen] == [
+        ["192.0.2.7"],
+        ["192.0.2.8"],
+        ["192.0.2.8"],
+    ]
+    assert names(follower.seen[-1]) == ["two"]
+
+
+async def becomes(check: Callable[[], object]) -> None:
+    async with asyncio.timeout(10):
+        while not check():
+            await asyncio.sleep(0.01)
+
+
+def test_new_name_in_a_file_is_looked_up_before_it_goes_live(tmp_path, monkeypatch):
+    monkeypatch.setattr(standalone, "POLL_S", 0.02)
+    paths = files(tmp_path, COLLECTOR, watchlist())
+    follower = Follower(paths, resolver.Resolver(Dns("192.0.2.7"), Clock()))
+
+    async def scenario() -> None:
+        paths[0].write_text(NAMED + "---" + watchlist("two"))
+        await follower.until(1)
+
+    follower.run(scenario)
+    assert [addresses(spec) for spec in follower.seen] == [["192.0.2.9"], ["192.0.2.7"]]
 
 
 @pytest.mark.parametrize(

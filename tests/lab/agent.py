@@ -4,6 +4,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -145,9 +146,12 @@ class LabAgent:
         return self._process.wait(15)
 
     def remove(self) -> None:
-        """Stop it and take its datapath away."""
+        """Stop it, and remove its datapath, its log and its state."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.stop()
         if self._process and self._process.poll() is None:
             self.kill()
-        self.node.namespace.inside(lambda: unload.unload(self.pin_dir))
+        try:
+            self.node.namespace.inside(lambda: unload.unload(self.pin_dir))
+        finally:
+            shutil.rmtree(self._directory, ignore_errors=True)

@@ -31,6 +31,7 @@ def examine(chosen: settings.Settings, collectors: Sequence[Destination]) -> Ite
     yield from _each("compiler", lambda: node_checks.compiler(chosen.bpf_dir))
     yield from _each("datapath", lambda: _datapath(chosen))
     yield from _each("http", lambda: http_checks.address(chosen.http))
+    yield from _each("health", lambda: http_checks.health(chosen.health))
     yield from _each(
         "collectors", lambda: collector_checks.check(collectors, chosen.state_dir, chosen.node)
     )

@@ -84,7 +84,8 @@ def keep(directory: Path, node: str, *addresses: str) -> None:
     ]
     spec = NodeConfigSpec.model_validate({"nodeID": 1, "collectors": collectors})
     nothing = node_rules.Indexes()
-    last_good.save(directory, node, last_good.LastGood(spec, 1, nothing, nothing))
+    good = last_good.LastGood(spec, 1, nothing, nothing)
+    last_good.Keeper(directory, node).save(good)
 
 
 @pytest.mark.lab
