@@ -13,7 +13,7 @@ from typing import Literal
 
 import structlog
 
-from hostint_agent import bpf_calls, clsact, interfaces, kernel, local_addresses
+from hostint_agent import bpf_calls, choice, clsact, interfaces, kernel, local_addresses
 
 Mode = Literal["auto", "tcx", "clsact"]
 DROP_TRACEPOINT = "kfree_skb"
@@ -334,7 +334,7 @@ class Attacher:
         # by hand or by whoever cleans up a bpffs, all of it may be gone
         self._links.mkdir(parents=True, exist_ok=True)
         network = interfaces.read_network()
-        chosen = interfaces.choose(network, self._patterns)
+        chosen = choice.choose(network, self._patterns)
         ports = self._ports.assign(interface.ifindex for interface in chosen)
         self._local.replace(network.local)
         self._config.set_tunnels(network.tunnel_ports("vxlan"), network.tunnel_ports("geneve"))

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read this network namespace from netlink, and choose the links to watch."""
+"""Read this network namespace from netlink: links, addresses, default routes.
+
+Which of the links are watched is decided in `choice`.
+"""
 
 import dataclasses
 import errno
-import fnmatch
 import ipaddress
 import select
 import socket
@@ -40,8 +42,6 @@ _IP: Mapping[int, type[ipaddress.IPv4Address] | type[ipaddress.IPv6Address]] = {
     socket.AF_INET: ipaddress.IPv4Address,
     socket.AF_INET6: ipaddress.IPv6Address,
 }
-# devices that carry other devices' packets: the device below them is the uplink
-_NEVER_UPLINK = frozenset({"bridge", "vxlan", "geneve", "ifb", "dummy", "ipip", "sit", "gre"})
 _MAX_REPORTED = 64
 
 log = structlog.get_logger()
@@ -250,43 +250,6 @@ def _preferred(ways: Sequence[DefaultRoute]) -> Iterator[int]:
         of_family = [way for way in ways if way.family == family]
         lowest = min((way.metric for way in of_family), default=0)
         yield from (way.ifindex for way in of_family if way.metric == lowest)
-
-
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _kind(link: Link, carriers: frozenset[int]) -> Kind | None:
-    """Pod: a veth into another namespace that carries no route of the host; uplink: what carries the host's own traffic."""
-    if link.kind in _NEVER_UPLINK:
-        return None
-    carries = link.ifindex in carriers or (link.master in carriers and link.kind is None)
-    if carries:
-        return "uplink"
-    if link.kind == "veth" and link.has_foreign_peer:
-        # a veth that has addresses and is no bridge port may be a pod's gateway or a second uplink: watched either way
-        return "pod"
-    return None
-
-
-def choose(network: Network, patterns: Patterns) -> list[Interface]:
-    """The interfaces to watch, by index. Pure."""
-    carriers = set(network.default_route)
-    for link in network.links:
-        if link.kind is None and link.ifindex in network.addresses:
-            carriers.add(link.ifindex)
-    chosen = []
-    for link in network.links:
-        # the programs read Ethernet headers: a tunnel device without them is not for us, whatever it carries
-        if link.is_loopback or not link.is_ethernet or _matches(link.name, patterns.exclude):
-            continue
-        kind = _kind(link, frozenset(carriers))
-        if _matches(link.name, patterns.include):
-            kind = kind or "uplink"
-        if kind:
-            addresses = network.addresses.get(link.ifindex, ())
-            chosen.append(Interface(link.ifindex, link.name, kind, addresses))
-    return sorted(chosen, key=lambda interface: interface.ifindex)
 
 
 class Changes:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hostint_agent import (
+    choice,
     clsact,
     hook_programs,
     interfaces,
@@ -113,7 +114,7 @@ def network_namespace(loaded: Loaded | None) -> Finding:
 
 def attachments(patterns: interfaces.Patterns, loaded: Loaded | None) -> list[Finding]:
     """Which interfaces are watched, and one finding for each where our programs do not run first. Raises OSError."""
-    chosen = interfaces.choose(interfaces.read_network(), patterns)
+    chosen = choice.choose(interfaces.read_network(), patterns)
     if not chosen:
         words = "there is neither a pod's interface nor an uplink"
         remedy = "name those to watch with --include-interfaces (not lo, and none without Ethernet)"

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from hostint_agent import bpf_calls, clsact, hook_programs, interfaces, netlink
+from hostint_agent import bpf_calls, choice, clsact, hook_programs, interfaces, netlink
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ def read(maps: Path, ours: Mapping[str, int]) -> tuple[Interface, ...]:
     chosen = _ports(bpf_calls.Map.open(maps / "ports"))
     # all that could be chosen, by whatever patterns the agent has been given
     network = interfaces.read_network()
-    possible = interfaces.choose(network, interfaces.Patterns(include=("*",)))
+    possible = choice.choose(network, interfaces.Patterns(include=("*",)))
     with netlink.Socket() as route:
         found = [
             Interface(
