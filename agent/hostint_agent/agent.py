@@ -205,7 +205,7 @@ class Agent:
         if self._succession.complete:
             return True
         # the older programs may still be attached anywhere
-        if state.error:
+        if state.error or state.drops_unseen:
             return False
         with self._changing:
             done = self._succession.go_on(self._attacher.detach_others, self._program.destinations)
@@ -230,6 +230,9 @@ class Agent:
         if state.failed:
             first = state.failed[0]
             return "AttachFailed", f"interface {first.interface.name}: {first.error}"
+        if state.failures:
+            step, cause = next(iter(state.failures.items()))
+            return "DatapathIncomplete", f"{step}: {cause}"
         if not state.attachments:
             return "NoInterfaces", "no interface of this node is watched"
         return None
@@ -266,6 +269,8 @@ class Agent:
             words = f"collector '{watchlist.collector}' is not among this node's collectors"
             trouble = ("CollectorNotFound", words)
         reason, message = trouble or ("Programmed", "")
+        # The kernel takes any bytes for the name of an interface.
+        message = message.encode(errors="backslashreplace").decode()
         return WatchlistState(
             name=watchlist.name,
             generation=watchlist.generation,
