@@ -283,7 +283,7 @@ class Agent:
         """Why this process must be started anew, or None."""
         if not self._exporter.alive:
             return "the export thread has ended"
-        return None if self._attacher.alive else "the attach thread has ended"
+        return None if self._attacher.alive else self._attacher.end_cause
 
     def not_ready(self) -> str | None:
         """Why this agent is not ready, or None."""

@@ -23,6 +23,7 @@ from hostint_agent import (
     kernel,
     local_addresses,
     pacing,
+    pin_keeper,
 )
 
 Mode = Literal["auto", "tcx", "clsact"]
@@ -230,6 +231,8 @@ class _Steps:
         """Do a step; keep its failure by its name."""
         try:
             yield
+        except pin_keeper.PinsTaken:
+            raise
         except Exception as error:  # noqa: BLE001 (no kernel may end the thread)
             self.failures[what] = str(error) or type(error).__name__
 
@@ -257,6 +260,7 @@ class Attacher:
             for name in (*clsact.DIRECTIONS, "drop")
         }
         self._programs = programs
+        self._pins = pin_keeper.PinKeeper(pin_dir, directory)
         if mode == "auto":
             mode = "tcx" if kernel.features().tcx else "clsact"
             log.info("attaching", method=mode)
@@ -270,6 +274,7 @@ class Attacher:
         self._on_change, self._on_look = on_change, on_look
         self._state = State()
         self._network: interfaces.Network | None = None
+        self.end_cause = "the attach thread has ended"
         self._tries = pacing.TokenBucket()
         self._pace = pacing.Pace()
         self._check_interval_s = _CHECK_INTERVAL_S
@@ -308,6 +313,7 @@ class Attacher:
         self._changes.close()
         os.close(self._wake_read)
         os.close(self._wake_write)
+        self._pins.close()
         for program in self._programs.values():
             os.close(program.fd)
 
@@ -345,6 +351,7 @@ class Attacher:
     def _look(self) -> State:
         steps = _Steps()
         with steps.step("pins"):
+            self._pins.restore()
             self._links.mkdir(parents=True, exist_ok=True)
         with steps.step(_DROP_STEP):
             self._drop.ensure()
@@ -432,6 +439,12 @@ class Attacher:
                 log.info("interface gone", iface=name, ifindex=ifindex)
 
     def _run(self) -> None:
+        try:
+            self._follow()
+        except pin_keeper.PinsTaken as error:
+            self.end_cause = str(error)
+
+    def _follow(self) -> None:
         while not self._stopping:
             changed = self._changes.wait(self._check_interval_s, [self._wake_read])
             if changed and not self._stopping:
@@ -444,7 +457,7 @@ class Attacher:
         if time.monotonic() >= self._next_look:
             return True
         begun = time.thread_time()
-        in_place = self._hooks.in_place() and self._drop.in_place()
+        in_place = self._hooks.in_place() and self._drop.in_place() and self._pins.in_place()
         cost_s = time.thread_time() - begun
         wanted = max(cost_s / _CHECK_SHARE, _CHECK_INTERVAL_S)
         self._check_interval_s = min(wanted, _MAX_CHECK_INTERVAL_S)

@@ -84,6 +84,7 @@ def failing(error: Exception) -> Callable[..., None]:
 
 
 STEPS = {
+    "pins": (attach.pin_keeper.PinKeeper, "restore"),
     "drop program": (attach.DropLink, "ensure"),
     "tunnel ports": (kernel.DatapathConfig, "set_tunnels"),
     "older attachments": (attach.TcxHooks, "keep_only"),

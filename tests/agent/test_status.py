@@ -335,6 +335,16 @@ def test_an_interval_that_is_none_is_wrong_usage(value, capsys):
     assert f"'{value}' is not 0..3600 seconds" in capsys.readouterr().err
 
 
+def test_an_agent_without_pins_is_told(tmp_path):
+    """It is starting, or somebody removed them."""
+    descriptor = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    ended = run("--pin-dir", tmp_path)
+    os.close(descriptor)
+    words = f"an agent works with {tmp_path}, but no datapath is pinned there"
+    assert (ended.returncode, ended.stderr) == (1, f"hostint-agent: {words}\n")
+
+
 def test_without_a_datapath_there_is_one_line_and_status_1(tmp_path):
     for pin_dir in (tmp_path, tmp_path / "none"):
         ended = run("--pin-dir", pin_dir)

@@ -119,7 +119,8 @@ def gather(where: Where, interval_s: float) -> Status:
     try:
         build = pinned.loaded_build(where.pin_dir, where.bpf_dir)
         if build is None:
-            raise NoStatus(f"no datapath is loaded at {where.pin_dir}")
+            lost = pinned.pins_lost(where.pin_dir)
+            raise NoStatus(lost or f"no datapath is loaded at {where.pin_dir}")
         return _Look(build, where).status(interval_s)
     except OSError as error:
         # by hand, or while it is unloaded or replaced

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks of what is loaded and attached, and where: each is seen to pass, and to fail for the reason that it names."""
 
+import fcntl
 import os
 
 import pytest
@@ -33,6 +34,29 @@ def test_without_a_datapath_it_is_told_what_would_be_watched(near, pin_dir):
 def test_no_interface_to_watch_is_a_warning(near, pin_dir):
     found = look(near, pin_dir, "--exclude-interfaces", "eth*")
     warns(found["interfaces"], "neither a pod's interface nor an uplink", "--include-interfaces")
+
+
+@pytest.mark.bpf
+def test_an_agent_without_pins_is_a_failure(near, pin_dir):
+    """`status` says the same."""
+    pin_dir.mkdir()
+    is_ok(look(near, pin_dir)["datapath"], "none is loaded")
+    descriptor = os.open(pin_dir, os.O_RDONLY | os.O_DIRECTORY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        words = f"an agent works with {pin_dir}, but no datapath is pinned there"
+        fails(look(near, pin_dir)["datapath"], words, "restart it")
+    finally:
+        os.close(descriptor)
+
+
+@pytest.mark.bpf
+def test_filters_whose_maps_are_pinned_nowhere_are_a_warning(near, pins, pin_dir):
+    """They go on without pins, and nothing reads what they count."""
+    with attached(near, pins, "clsact"):
+        found = look(near, pin_dir)
+        warns(found["interfaces"], "programs of ours", "run on eth0", "hostint-agent unload")
+    is_ok(look(near, pin_dir)["interfaces"], "1 to watch")
 
 
 @pytest.mark.bpf
