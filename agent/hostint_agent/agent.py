@@ -4,6 +4,7 @@
 import asyncio
 import dataclasses
 import importlib.metadata
+import ipaddress
 import threading
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -158,6 +159,7 @@ class Agent:
         self._succession.watchlists_changed(program.fresh_watchlists)
         if wanted.spec:
             self._config.set_node_id(spec.node_id)
+            self._attacher.set_node_address(str(ipaddress.IPv4Address(spec.node_id)))
         # destinations first: no report may wait for a collector that is not known yet
         self._exporter.set_destinations(program.destinations)
         self._exporter.start()
@@ -235,6 +237,8 @@ class Agent:
             return "DatapathIncomplete", f"{step}: {cause}"
         if not state.attachments:
             return "NoInterfaces", "no interface of this node is watched"
+        if state.unseen:
+            return "UplinkNotWatched", str(state.unseen[0])
         return None
 
     def status(self) -> NodeConfigStatus | None:

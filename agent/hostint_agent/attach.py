@@ -57,6 +57,7 @@ class State:
 
     attachments: tuple[Attachment, ...] = ()
     error: str | None = None
+    unseen: tuple[choice.Unseen, ...] = ()  # by what the node's traffic passes the attachments by
     failures: Mapping[str, str] = dataclasses.field(default_factory=dict)  # causes by step
 
     @property
@@ -274,6 +275,8 @@ class Attacher:
         self._on_change, self._on_look = on_change, on_look
         self._state = State()
         self._network: interfaces.Network | None = None
+        self._node_address: str | None = None
+        self._look_wanted = threading.Event()
         self.end_cause = "the attach thread has ended"
         self._tries = pacing.TokenBucket()
         self._pace = pacing.Pace()
@@ -297,6 +300,12 @@ class Attacher:
     def drop_recursion_misses(self) -> int:
         """Drops that the drop program did not see, since it ran already on that CPU."""
         return bpf_calls.program_info(self._programs["drop"].fd).recursion_misses
+
+    def set_node_address(self, address: str) -> None:
+        """Have the next look, which is due now, ask which interface sees traffic of this address."""
+        if address != self._node_address:
+            self._node_address = address
+            self._look_wanted.set()
 
     def start(self) -> None:
         """Attach now, then follow changes in the thread."""
@@ -349,6 +358,7 @@ class Attacher:
             log.warning("older program detached", ifindex=ifindex, hook=direction)
 
     def _look(self) -> State:
+        self._look_wanted.clear()
         steps = _Steps()
         with steps.step("pins"):
             self._pins.restore()
@@ -358,7 +368,7 @@ class Attacher:
         error = self._read()
         network = self._network
         if network is None:
-            return State(self._state.attachments, error, steps.failures)
+            return State(self._state.attachments, error, failures=steps.failures)
         chosen = choice.choose(network, self._patterns)
         ports = self._describe(network, chosen, steps)
         cause = steps.failures.get(_PORTS_STEP, "none is left")
@@ -374,7 +384,8 @@ class Attacher:
         if error is None:
             with steps.step("older attachments"):
                 self._hooks.keep_only(frozenset(interface.ifindex for interface in chosen))
-        return State(attachments, error, steps.failures)
+        unseen = choice.unseen(network, self._patterns, chosen, self._node_address)
+        return State(attachments, error, unseen, steps.failures)
 
     def _read(self) -> str | None:
         """Read the network; where that fails what was read before stays. Return what failed."""
@@ -425,6 +436,10 @@ class Attacher:
                 log.warning("step failed, retrying", step=step, error=cause)
         for step in self._state.failures.keys() - state.failures.keys():
             log.info("step succeeded again", step=step)
+        for each in set(state.unseen) - set(self._state.unseen):
+            log.warning("traffic of the node is not watched", iface=each.name, cause=str(each))
+        for each in set(self._state.unseen) - set(state.unseen):
+            log.info("traffic of the node is watched again", iface=each.name)
 
     def _log_attachments(self, state: State) -> None:
         before = {(a.interface.ifindex, a.interface.name, a.error) for a in self._state.attachments}
@@ -454,7 +469,7 @@ class Attacher:
                 self.reconcile()
 
     def _is_due(self) -> bool:
-        if time.monotonic() >= self._next_look:
+        if self._look_wanted.is_set() or time.monotonic() >= self._next_look:
             return True
         begun = time.thread_time()
         in_place = self._hooks.in_place() and self._drop.in_place() and self._pins.in_place()

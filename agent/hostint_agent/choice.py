@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pure: which interfaces are watched.
+"""Pure: which interfaces are watched, and which traffic of the node none of them sees.
 
 Pods are veth or netkit devices whose peer is in another network namespace. Uplinks are found from
 the devices that carry the host's traffic (an address, a default route, a bridge with pods) down to
@@ -15,8 +15,9 @@ the wire. Of each stack of devices one is chosen:
 So a packet passes one uplink on its way in or out, whatever of the stack has addresses.
 """
 
+import dataclasses
 import fnmatch
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from hostint_agent.interfaces import Interface, Kind, Link, Network, Patterns
 
@@ -33,6 +34,24 @@ _ENDS = frozenset({"veth", "netkit", "tun", "dummy", "ifb", *_SWITCHES, *_TUNNEL
 # Nothing leaves by these: they hold addresses (IPVS), or a default route that only has to exist
 # (k3s without a network).
 _NO_WAY_OUT = frozenset({"dummy", "ifb"})
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Unseen:
+    """A device with traffic of the node that no watched interface sees."""
+
+    name: str
+    carries: str  # "the default route", or "the node's address 192.0.2.1"
+    cause: str
+    remedy: str
+
+    @property
+    def found(self) -> str:
+        """What is wrong, and why."""
+        return f"{self.carries} is on {self.name}, which is not watched: {self.cause}"
+
+    def __str__(self) -> str:
+        return f"{self.found}; {self.remedy}"
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
@@ -144,3 +163,56 @@ def _uplinks(network: Network) -> Iterator[int]:
             is_way_out = has_route and tap.kind not in _TUNNELS | _NO_WAY_OUT
             if is_way_out or devices.leads_to_wire(tap):
                 yield tap.ifindex
+
+
+def unseen(
+    network: Network, patterns: Patterns, chosen: Iterable[Interface], node_address: str | None
+) -> tuple[Unseen, ...]:
+    """Return the devices by which the node's own traffic passes the `chosen` interfaces by.
+
+    A device that `patterns.exclude` names is left out: somebody decided so.
+    """
+    devices = _Devices(network.links)
+    kinds = {interface.ifindex: interface.kind for interface in chosen}
+    found = []
+    for link in network.links:
+        carries = _carries(link, network, node_address)
+        if not carries or link.is_loopback or link.kind in _TUNNELS | _NO_WAY_OUT:
+            continue
+        taps = list(devices.taps(link))
+        ports = devices.ports(link) if link.kind in _SWITCHES else []
+        names = [each.name for each in (link, *taps)]
+        is_excluded = any(_matches(name, patterns.exclude) for name in names)
+        if not is_excluded and not _is_watched(taps, ports, kinds):
+            found.append(_unseen(link, taps, carries))
+    return tuple(found)
+
+
+def _carries(link: Link, network: Network, node_address: str | None) -> str | None:
+    if node_address in network.addresses.get(link.ifindex, ()):
+        return f"the node's address {node_address}"
+    return "the default route" if link.ifindex in network.preferred_route else None
+
+
+def _is_watched(taps: Iterable[Link], ports: Iterable[Link], kinds: Mapping[int, Kind]) -> bool:
+    if any(tap.ifindex in kinds for tap in taps):
+        return True
+    # None of a bridge's ports may lead to the wire: where all are watched, the way out is, too.
+    of_ports = [kinds.get(port.ifindex) for port in ports]
+    return "uplink" in of_ports or (bool(of_ports) and None not in of_ports)
+
+
+def _unseen(link: Link, taps: Sequence[Link], carries: str) -> Unseen:
+    headless = [tap for tap in taps if not tap.is_ethernet]
+    accept = f"accept that with --exclude-interfaces {link.name}"
+    if headless:
+        kind = f" (kind {headless[0].kind})" if headless[0].kind else ""
+        cause = f"{headless[0].name}{kind} has no Ethernet headers"
+        return Unseen(link.name, carries, cause, f"what takes it cannot be reported, {accept}")
+    if link.kind in _SWITCHES:
+        cause = "none of its ports leads to a physical device"
+    else:
+        cause = f"devices of kind {link.kind} are not known to lead out of the host"
+    return Unseen(
+        link.name, carries, cause, f"name its way out with --include-interfaces, or {accept}"
+    )

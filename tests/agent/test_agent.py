@@ -3,6 +3,7 @@
 
 import asyncio
 import errno
+import ipaddress
 import os
 import time
 from collections.abc import Awaitable, Callable
@@ -124,6 +125,50 @@ def state_of(process: agent.Agent) -> WatchlistState:
 
 
 ALL_INTERFACES = interfaces.Patterns()
+WG0 = "the node's address 10.6.0.2 is on wg0, which is not watched: wg0 (kind wireguard) has no"
+
+
+@pytest.mark.parametrize(
+    ("patterns", "ready", "reason", "message"),
+    [
+        (ALL_INTERFACES, False, "UplinkNotWatched", WG0),
+        # accepted
+        (interfaces.Patterns(exclude=("wg*",)), True, "Programmed", ""),
+    ],
+    ids=["found", "excluded"],
+)
+def test_a_node_address_that_no_interface_sees_is_told(
+    pin_dir, tmp_path, monkeypatch, no_hooks, patterns, ready, reason, message
+):
+    on_node(monkeypatch, node_shapes.WIREGUARD)
+
+    async def scenario(process: agent.Agent) -> None:
+        await process.apply(agent.Wanted(spec(nodeID=int(ipaddress.ip_address("10.6.0.2"))), 1))
+        # the node's address was not known when the interfaces were looked at
+        await asyncio.sleep(1)
+        state = state_of(process)
+        assert (state.ready, state.reason, state.message[: len(WG0)]) == (ready, reason, message)
+
+    with_agent(pin_dir, tmp_path, scenario, patterns=patterns)
+
+
+def test_a_default_route_that_moves_out_of_sight_is_told(pin_dir, tmp_path, monkeypatch, no_hooks):
+    later = node_shapes.read(node_shapes.FULL_TUNNEL)
+    on_node(monkeypatch, node_shapes.NETKIT)
+
+    async def scenario(process: agent.Agent) -> None:
+        changed = asyncio.Event()
+        await process.apply(agent.Wanted(spec(), 1))
+        assert state_of(process).ready
+        process.on_status = changed.set
+        monkeypatch.setattr(interfaces, "read_network", lambda: later)
+        await asyncio.to_thread(process._attacher.reconcile)
+        await asyncio.wait_for(changed.wait(), 5)
+        state = state_of(process)
+        assert (state.ready, state.reason) == (False, "UplinkNotWatched")
+        assert state.message.startswith("the default route is on tun0")
+
+    with_agent(pin_dir, tmp_path, scenario, patterns=ALL_INTERFACES)
 
 
 def test_a_name_that_is_not_utf_8_stops_no_status(pin_dir, tmp_path, monkeypatch, no_hooks):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which interfaces are watched, one of each stack of devices."""
+"""Which interfaces are watched, one of each stack of devices, and what none of them sees."""
 
 import dataclasses
 
@@ -120,6 +120,8 @@ WHOLE = {
     # what is below is encrypted
     "MACsec": (shapes.MACSEC, ["macsec0"], []),
 }
+ADDRESS = {"EKS": "192.168.10.21", "AKS, bridge mode": "10.240.0.4", "OVS": "192.0.2.21"}
+ADDRESS["VLAN without a default route"] = "10.100.0.11"
 
 
 @pytest.mark.parametrize("name", WHOLE)
@@ -127,6 +129,83 @@ def test_of_each_stack_of_a_node_one_device_is_chosen(name):
     shape, uplinks, pods = WHOLE[name]
     picked = names(choice.choose(shapes.read(shape), NOTHING))
     assert picked == dict.fromkeys(uplinks, "uplink") | dict.fromkeys(pods, "pod")
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_no_traffic_of_such_a_node_goes_unseen(name):
+    found = shapes.read(WHOLE[name][0])
+    picked = choice.choose(found, NOTHING)
+    assert choice.unseen(found, NOTHING, picked, ADDRESS.get(name)) == ()
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_without_its_uplinks_a_node_has_traffic_unseen(name):
+    """So the test before this one can fail. What was excluded is not complained about."""
+    found = shapes.read(WHOLE[name][0])
+    pods = [each for each in choice.choose(found, NOTHING) if each.kind == "pod"]
+    left = [pod for pod in pods if name not in ("kind", "cabled bridges")]
+    seen_otherwise = name == "k3s without a network"
+    assert bool(choice.unseen(found, NOTHING, left, ADDRESS.get(name))) != seen_otherwise
+    everything = interfaces.Patterns(exclude=("*",))
+    assert choice.unseen(found, everything, [], ADDRESS.get(name)) == ()
+
+
+UNSEEN = {
+    "wireguard": (
+        shapes.WIREGUARD,
+        "10.6.0.2",
+        "the node's address 10.6.0.2 is on wg0, which is not watched: wg0 (kind wireguard) has no "
+        "Ethernet headers; what takes it cannot be reported, accept that with "
+        "--exclude-interfaces wg0",
+    ),
+    "a VPN": (shapes.FULL_TUNNEL, None, "the default route is on tun0, which is not watched: tun0"),
+    "InfiniBand": (
+        shapes.INFINIBAND,
+        None,
+        "the default route is on ib0, which is not watched: ib0 has",
+    ),
+    "a virtual machine": (
+        shapes.TAP_BRIDGE,
+        None,
+        "the default route is on br0, which is not watched: none of its ports leads to a physical "
+        "device; name its way out with --include-interfaces, or accept that with "
+        "--exclude-interfaces br0",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_what_no_interface_sees_is_named_with_what_to_do(name):
+    shape, address, words = UNSEEN[name]
+    found = shapes.read(shape)
+    (unseen,) = choice.unseen(found, NOTHING, choice.choose(found, NOTHING), address)
+    assert str(unseen).startswith(words)
+
+
+def test_what_is_said_of_an_interface_fits_a_status():
+    """A watchlist's message has room for 256 characters; names of interfaces have at most 15."""
+    name, address = "x" * 15, "255.255.255.255"
+    devices = [shapes.nic(2, name, f"{address}/32", kind=kind) for kind in ("bridge", "netkit")]
+    devices += [shapes.nic(2, name, f"{address}/32", kind="wireguard", type=65534)]
+    for device in devices:
+        found = shapes.read(Shape([device], []))
+        (unseen,) = choice.unseen(found, NOTHING, [], address)
+        assert len(str(unseen)) <= 256
+
+
+def test_only_the_preferred_default_route_counts():
+    """A way that is taken when the first one fails is no reason for a complaint."""
+    routes = [shapes.default(2, metric=50), shapes.default(3, metric=100)]
+    found = shapes.read(dataclasses.replace(shapes.FULL_TUNNEL, routes=routes))
+    assert choice.unseen(found, NOTHING, choice.choose(found, NOTHING), None) == ()
+
+
+def test_an_included_port_sees_what_a_bridge_carries():
+    patterns = interfaces.Patterns(include=("tap*",))
+    found = shapes.read(shapes.TAP_BRIDGE)
+    picked = choice.choose(found, patterns)
+    assert names(picked) == {"tap0": "uplink", "veth4": "pod"}
+    assert choice.unseen(found, patterns, picked, None) == ()
 
 
 def test_a_bridge_without_an_address_leads_its_pods_out():
@@ -196,3 +275,7 @@ def test_stacks_of_this_kernel_are_read_as_they_are():
         found = near.inside(interfaces.read_network)
     picked = choice.choose(found, NOTHING)
     assert names(picked) == {"eth0": "uplink", "pod0": "pod", "pod1": "pod"}
+    assert choice.unseen(found, NOTHING, picked, "10.98.0.1") == ()
+    pods = [each for each in picked if each.kind == "pod"]
+    (missed,) = choice.unseen(found, NOTHING, pods, "10.98.0.1")
+    assert missed.name == "host0"

@@ -84,6 +84,7 @@ def told(**more: object) -> status.Status:
         "configuration": 3,
         "programs": dict.fromkeys(loader.PROGRAMS, program),
         "interfaces": (interface(),),
+        "unseen": (),
         "generation": 12,
         "rules": 2,
         "own_rules": 1,
@@ -200,6 +201,7 @@ def test_a_node_on_which_all_is_well_says_so():
         ({"configuration": None}, "names are not known: no last good configuration"),
         ({"watchlists": (watchlist(live=False),)}, "web: not live"),
         ({"interfaces": ()}, "first in order on 0 of 0 hooks"),
+        ({"unseen": ("the default route is on wg0",)}, "the default route is on wg0"),
     ],
 )
 def test_what_is_not_as_it_should_be_is_told(change, words):

@@ -2,6 +2,7 @@
 """Checks of `hostint-agent doctor` that concern what is loaded and attached, and where. They look, and change nothing."""
 
 import errno
+import ipaddress
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ _HOST_ONLY = Path("/proc/sys/net/core/dev_weight")
 class Loaded:
     """A build whose programs are pinned: their kernel ids by name.
 
-    `netns_cookie` is 0 where it is not known.
+    `netns_cookie` and `node_id` are 0 where they are not known.
     """
 
     directory: Path
@@ -37,6 +38,7 @@ class Loaded:
     enabled: bool
     held: bool
     netns_cookie: int
+    node_id: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,8 @@ def _opened(directory: Path, *, same_maps: bool) -> Loaded:
     if not same_maps:
         return Loaded(directory, ids, enabled=True, held=False, netns_cookie=0)
     config = pinned.config(directory)
-    return Loaded(directory, ids, bool(config.enabled), bool(config.hold), config.netns_cookie)
+    enabled, held = bool(config.enabled), bool(config.hold)
+    return Loaded(directory, ids, enabled, held, config.netns_cookie, config.node_id)
 
 
 def find(pin_dir: Path, bpf_dir: Path) -> tuple[Finding, Loaded | None]:
@@ -122,11 +125,12 @@ def network_namespace(loaded: Loaded | None) -> Finding:
 
 
 def attachments(patterns: interfaces.Patterns, loaded: Loaded | None) -> Iterator[Finding]:
-    """Yield which interfaces are watched, and what is wrong with each.
+    """Yield which interfaces are watched, and what is wrong with each; then what none of them sees.
 
     Raises OSError.
     """
-    chosen = choice.choose(interfaces.read_network(), patterns)
+    network = interfaces.read_network()
+    chosen = choice.choose(network, patterns)
     if not chosen:
         words = "there is neither a pod's interface nor an uplink"
         remedy = "name those to watch with --include-interfaces (not lo, and none without Ethernet)"
@@ -135,6 +139,9 @@ def attachments(patterns: interfaces.Patterns, loaded: Loaded | None) -> Iterato
         yield _would_be_watched(chosen)
     else:
         yield from _watched(chosen, loaded)
+    address = str(ipaddress.IPv4Address(loaded.node_id)) if loaded else None
+    for each in choice.unseen(network, patterns, chosen, address):
+        yield finding.warning(f"uplink {each.name}", each.found, each.remedy)
 
 
 def _would_be_watched(chosen: Sequence[interfaces.Interface]) -> Finding:

@@ -37,6 +37,30 @@ def test_no_interface_to_watch_is_a_warning(near, pin_dir):
 
 
 @pytest.mark.bpf
+def test_an_uplink_that_cannot_be_watched_is_named(near, pins):
+    ip(
+        f"-n {near.name} tuntap add tun0 mode tun",
+        f"-n {near.name} addr add 10.8.0.2/24 dev tun0",
+        f"-n {near.name} link set tun0 up",
+        f"-n {near.name} route add default dev tun0",
+    )
+    config = kernel.DatapathConfig(loader.current(pins) / "maps")
+    with attached(near, pins):
+        found = look(near, pins)
+        is_ok(found["interfaces"], "run first on 1 of 1: eth0")
+        words = (
+            "the default route is on tun0, which is not watched: tun0 (kind tun) has no Ethernet"
+        )
+        warns(found["uplink tun0"], words, "--exclude-interfaces tun0")
+        assert "uplink tun0" not in look(near, pins, "--exclude-interfaces", "tun*")
+        config.set_node_id(int.from_bytes(bytes((10, 8, 0, 2))))
+        try:
+            warns(look(near, pins)["uplink tun0"], "the node's address 10.8.0.2 is on tun0")
+        finally:
+            config.set_node_id(0)
+
+
+@pytest.mark.bpf
 def test_an_agent_without_pins_is_a_failure(near, pin_dir):
     """`status` says the same."""
     pin_dir.mkdir()
