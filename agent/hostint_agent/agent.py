@@ -5,6 +5,7 @@ import asyncio
 import contextlib
 import dataclasses
 import importlib.metadata
+import ipaddress
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -162,6 +163,7 @@ class Agent:
         self._succession.watchlists_changed(program.fresh_watchlists)
         if wanted.spec:
             self._config.set_node_id(spec.node_id)
+            self._attacher.set_node_address(str(ipaddress.IPv4Address(spec.node_id)))
         # destinations first: no report may wait for a collector that is not known yet
         self._exporter.set_destinations(program.destinations)
         self._exporter.start()
@@ -224,7 +226,7 @@ class Agent:
         if self._succession.complete:
             return True
         # the older programs may still be attached anywhere
-        if state.error:
+        if state.error or state.drops_unseen:
             return False
         with self._changing:
             done = self._succession.go_on(self._attacher.detach_others, self._program.destinations)
@@ -249,10 +251,13 @@ class Agent:
         if state.failed:
             first = state.failed[0]
             return "AttachFailed", f"interface {first.interface.name}: {first.error}"
-        if state.delivery:
-            return "AttachFailed", f"packets that sockets take are not seen: {state.delivery}"
+        if state.failures:
+            step, cause = next(iter(state.failures.items()))
+            return "DatapathIncomplete", f"{step}: {cause}"
         if not state.attachments:
             return "NoInterfaces", "no interface of this node is watched"
+        if state.unseen:
+            return "UplinkNotWatched", str(state.unseen[0])
         return None
 
     def status(self) -> NodeConfigStatus | None:
@@ -287,6 +292,8 @@ class Agent:
             words = f"collector '{watchlist.collector}' is not among this node's collectors"
             trouble = ("CollectorNotFound", words)
         reason, message = trouble or ("Programmed", "")
+        # The kernel takes any bytes for the name of an interface.
+        message = message.encode(errors="backslashreplace").decode()
         return WatchlistState(
             name=watchlist.name,
             generation=watchlist.generation,
@@ -300,7 +307,7 @@ class Agent:
         if not self._exporter.alive:
             return "the export thread has ended"
         if not self._attacher.alive:
-            return "the attach thread has ended"
+            return self._attacher.end_cause
         return None if self._serving() else "the http thread has ended"
 
     def not_ready(self) -> str | None:

@@ -1,33 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attach the pinned programs to the watched interfaces, first in order, and keep it so. TCX by pinned links, clsact as fallback."""
 
+import contextlib
 import dataclasses
+import errno
 import os
 import re
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
 import structlog
 
-from hostint_agent import bpf_calls, clsact, delivery, interfaces, kernel, loader
+from hostint_agent import (
+    bpf_calls,
+    choice,
+    clsact,
+    delivery,
+    interfaces,
+    kernel,
+    loader,
+    pacing,
+    pin_keeper,
+)
 
 Mode = Literal["auto", "tcx", "clsact"]
 DROP_TRACEPOINT = "kfree_skb"
 _LINK_PIN = re.compile(r"tcx-(\d+)-(ingress|egress)")
 _MAX_PORT = 65535
+_DROP_STEP, _PORTS_STEP = "drop program", "port ids"
 # nobody tells when a TCX list changes, so it is asked for, often enough to be first again within a second; with hundreds of
 # interfaces less often, so that the questions stay below 0.2 % of a core
 _CHECK_INTERVAL_S, _MAX_CHECK_INTERVAL_S = 0.25, 0.6
 _CHECK_SHARE = 0.002
 # everything else is told by netlink: this is for what nobody thought of
 _LOOK_INTERVAL_S = 30.0
-# a new pod is a burst of messages; where a look takes long, bursts are longer too
-_DEBOUNCE_S, _MAX_DEBOUNCE_S = 0.02, 0.2
-_DEBOUNCE_LOOKS = 4
 
 log = structlog.get_logger()
 
@@ -48,12 +58,18 @@ class State:
 
     attachments: tuple[Attachment, ...] = ()
     error: str | None = None
-    delivery: str | None = None  # why it is not seen which packets sockets take
+    unseen: tuple[choice.Unseen, ...] = ()  # by what the node's traffic passes the attachments by
+    failures: Mapping[str, str] = dataclasses.field(default_factory=dict)  # causes by step
 
     @property
     def failed(self) -> tuple[Attachment, ...]:
         """Interfaces that should be watched but are not."""
         return tuple(a for a in self.attachments if a.error)
+
+    @property
+    def drops_unseen(self) -> bool:
+        """True if the drop program could not be attached."""
+        return _DROP_STEP in self.failures
 
 
 class TcxHooks:
@@ -119,11 +135,13 @@ class TcxHooks:
             match = _LINK_PIN.fullmatch(pin.name)
             if not match:
                 continue
-            with bpf_calls.opened(pin) as link:
-                attached = bpf_calls.tcx_link_target(link)[0]
-            if attached != self._programs[match[2]].id:
-                pin.unlink()
-                removed.append((int(match[1]), match[2]))
+            # Whoever unpins one meanwhile does what is done here.
+            with contextlib.suppress(FileNotFoundError):
+                with bpf_calls.opened(pin) as link:
+                    attached = bpf_calls.tcx_link_target(link)[0]
+                if attached != self._programs[match[2]].id:
+                    pin.unlink()
+                    removed.append((int(match[1]), match[2]))
         return removed
 
     def keep_only(self, wanted: frozenset[int]) -> None:
@@ -132,7 +150,7 @@ class TcxHooks:
         for pin in list(self._links.iterdir()):
             match = _LINK_PIN.fullmatch(pin.name)
             if match and int(match[1]) not in wanted:
-                pin.unlink()
+                pin.unlink(missing_ok=True)
 
 
 class DropLink:
@@ -174,8 +192,16 @@ class Ports:
             for key in list(self._map.keys())
         }
 
-    def assign(self, ifindexes: Iterable[int]) -> dict[int, int]:
-        """Port ids of these interfaces; ids of interfaces that are gone become free."""
+    @property
+    def ids(self) -> Mapping[int, int]:
+        """Port ids by ifindex, of the interfaces that have one."""
+        return dict(self._ids)
+
+    def assign(self, ifindexes: Iterable[int]) -> Mapping[int, int]:
+        """Give these interfaces port ids; those of interfaces that are gone become free.
+
+        Raises OSError.
+        """
         wanted = set(ifindexes)
         for gone in set(self._ids) - wanted:
             self._map.delete(struct.pack("=I", gone))
@@ -187,7 +213,7 @@ class Ports:
             self._map.update(struct.pack("=I", ifindex), struct.pack("=Q", port))
             self._ids[ifindex] = port
         self._config.set_port_is_ifindex(all(i == port for i, port in self._ids.items()))
-        return dict(self._ids)
+        return self.ids
 
     def _free_port(self, ifindex: int) -> int:
         taken = set(self._ids.values())
@@ -196,28 +222,21 @@ class Ports:
         return next(port for port in range(_MAX_PORT, 0, -1) if port not in taken)
 
 
-class Patience:
-    """How soon to try again what did not last: at once at first, later and later for what fails again and again.
+class _Steps:
+    """Run the steps of a look one by one: a step that fails must not stop the others."""
 
-    Somebody who insists on our place would otherwise have us make links without end, and every one takes the RTNL lock.
-    """
+    def __init__(self) -> None:
+        self.failures: dict[str, str] = {}
 
-    _FREE = 20
-    _REFILL_S = 5.0
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._left, self._at = float(self._FREE), clock()
-
-    def spend(self) -> bool:
-        """Take one try; False if there is none left now."""
-        now = self._clock()
-        self._left = min(self._FREE, self._left + (now - self._at) / self._REFILL_S)
-        self._at = now
-        if self._left < 1:
-            return False
-        self._left -= 1
-        return True
+    @contextlib.contextmanager
+    def step(self, what: str) -> Iterator[None]:
+        """Do a step; keep its failure by its name."""
+        try:
+            yield
+        except pin_keeper.PinsTaken:
+            raise
+        except Exception as error:  # noqa: BLE001 (no kernel may end the thread)
+            self.failures[what] = str(error) or type(error).__name__
 
 
 class Attacher:
@@ -246,6 +265,7 @@ class Attacher:
             for name in loader.programs()
         }
         self._programs = programs
+        self._pins = pin_keeper.PinKeeper(pin_dir, directory)
         if mode == "auto":
             mode = "tcx" if kernel.features().tcx else "clsact"
             log.info("attaching", method=mode)
@@ -258,8 +278,12 @@ class Attacher:
         self._patterns = patterns
         self._on_change, self._on_look = on_change, on_look
         self._state = State()
-        self._patience = Patience()
-        self._debounce_s = _DEBOUNCE_S
+        self._network: interfaces.Network | None = None
+        self._node_address: str | None = None
+        self._look_wanted = threading.Event()
+        self.end_cause = "the attach thread has ended"
+        self._tries = pacing.TokenBucket()
+        self._pace = pacing.Pace()
         self._check_interval_s = _CHECK_INTERVAL_S
         self._next_look = 0.0
         # before the first look: what changes after it must not go unnoticed
@@ -281,6 +305,12 @@ class Attacher:
         """Drops that the drop program did not see, since it ran already on that CPU."""
         return bpf_calls.program_info(self._programs["drop"].fd).recursion_misses
 
+    def set_node_address(self, address: str) -> None:
+        """Have the next look, which is due now, ask which interface sees traffic of this address."""
+        if address != self._node_address:
+            self._node_address = address
+            self._look_wanted.set()
+
     def start(self) -> None:
         """Attach now, then follow changes in the thread."""
         self._forget_other_method()
@@ -296,6 +326,7 @@ class Attacher:
         self._changes.close()
         os.close(self._wake_read)
         os.close(self._wake_write)
+        self._pins.close()
         for program in self._programs.values():
             os.close(program.fd)
 
@@ -312,18 +343,14 @@ class Attacher:
     def reconcile(self) -> State:
         """Look at the interfaces once and attach what is missing; never raises for what the world does."""
         begun = time.monotonic()
-        try:
-            state = self._look()
-        except OSError as error:
-            state = State(self._state.attachments, error=str(error))
-        ended = time.monotonic()
-        self._debounce_s = min(max(_DEBOUNCE_LOOKS * (ended - begun), _DEBOUNCE_S), _MAX_DEBOUNCE_S)
+        state = self._look()
+        self._pace.spend(time.monotonic() - begun)
         if state != self._state:
-            self._tell(state)
+            self._log(state)
             self._state = state
             self._on_change(state)
-        trouble = not self._on_look(state) or state.error or state.failed or state.delivery
-        again = trouble and self._patience.spend()
+        trouble = not self._on_look(state) or state.error or state.failed or state.failures
+        again = trouble and self._tries.spend()
         self._next_look = time.monotonic() + (_CHECK_INTERVAL_S if again else _LOOK_INTERVAL_S)
         return state
 
@@ -335,39 +362,90 @@ class Attacher:
             log.warning("older program detached", ifindex=ifindex, hook=direction)
 
     def _look(self) -> State:
-        # by hand or by whoever cleans up a bpffs, all of it may be gone
-        self._links.mkdir(parents=True, exist_ok=True)
-        network = interfaces.read_network()
-        chosen = interfaces.choose(network, self._patterns)
-        ports = self._ports.assign(interface.ifindex for interface in chosen)
-        self._config.set_tunnels(network.tunnel_ports("vxlan"), network.tunnel_ports("geneve"))
-        self._drop.ensure()
-        unseen = self._attach_delivery()
-        attachments = tuple(self._attach(i, ports[i.ifindex]) for i in chosen)
-        self._hooks.keep_only(frozenset(interface.ifindex for interface in chosen))
-        return State(attachments, delivery=unseen)
-
-    def _attach_delivery(self) -> str | None:
-        """Attach what sees packets being taken; why that failed, if it did."""
-        try:
+        self._look_wanted.clear()
+        steps = _Steps()
+        with steps.step("pins"):
+            self._pins.restore()
+            self._links.mkdir(parents=True, exist_ok=True)
+        with steps.step(_DROP_STEP):
+            self._drop.ensure()
+        with steps.step("delivery to sockets"):
             self._delivery.ensure()
+        error = self._read()
+        network = self._network
+        if network is None:
+            return State(self._state.attachments, error, failures=steps.failures)
+        chosen = choice.choose(network, self._patterns)
+        ports = self._describe(network, chosen, steps)
+        cause = steps.failures.get(_PORTS_STEP, "none is left")
+        attached = [
+            self._attach(interface, ports[interface.ifindex])
+            if interface.ifindex in ports
+            # The reports of its packets would name no interface.
+            else Attachment(interface, 0, self._hooks.method, error=f"no port id: {cause}")
+            for interface in chosen
+        ]
+        attachments = tuple(attachment for attachment in attached if attachment)
+        # An interface that was not read may still be there.
+        if error is None:
+            with steps.step("older attachments"):
+                self._hooks.keep_only(frozenset(interface.ifindex for interface in chosen))
+        unseen = choice.unseen(network, self._patterns, chosen, self._node_address)
+        return State(attachments, error, unseen, steps.failures)
+
+    def _read(self) -> str | None:
+        """Read the network; where that fails what was read before stays. Return what failed."""
+        try:
+            self._network = interfaces.read_network()
         except OSError as error:
             return str(error)
         return None
 
-    def _attach(self, interface: interfaces.Interface, port: int) -> Attachment:
-        method = self._hooks.method
-        known = any(a.interface.ifindex == interface.ifindex for a in self._state.attachments)
-        try:
-            for direction in clsact.DIRECTIONS:
-                wrong = self._hooks.ensure(interface.ifindex, direction)
-                if wrong and known:
-                    log.info("attached again", iface=interface.name, hook=direction, was=wrong)
-        except OSError as error:
-            return Attachment(interface, port, method, error=str(error))
-        return Attachment(interface, port, method)
+    def _describe(
+        self, network: interfaces.Network, chosen: list[interfaces.Interface], steps: _Steps
+    ) -> Mapping[int, int]:
+        """Write what the programs must know of this network. Return port ids by ifindex."""
+        with steps.step(_PORTS_STEP):
+            self._ports.assign(interface.ifindex for interface in chosen)
+        with steps.step("tunnel ports"):
+            vxlan, geneve = network.tunnel_ports("vxlan"), network.tunnel_ports("geneve")
+            self._config.set_tunnels(vxlan, geneve)
+        return self._ports.ids
 
-    def _tell(self, state: State) -> None:
+    def _attach(self, interface: interfaces.Interface, port: int) -> Attachment | None:
+        """Attach to an interface; None if it has gone since it was read."""
+        cause = None
+        try:
+            self._attach_hooks(interface)
+        except Exception as error:  # noqa: BLE001 (the others must be attached)
+            if isinstance(error, OSError) and error.errno == errno.ENODEV:
+                return None
+            cause = str(error)
+        return Attachment(interface, port, self._hooks.method, error=cause)
+
+    def _attach_hooks(self, interface: interfaces.Interface) -> None:
+        known = any(a.interface.ifindex == interface.ifindex for a in self._state.attachments)
+        for direction in clsact.DIRECTIONS:
+            wrong = self._hooks.ensure(interface.ifindex, direction)
+            if wrong and known:
+                log.info("attached again", iface=interface.name, hook=direction, was=wrong)
+
+    def _log(self, state: State) -> None:
+        """Log what is not as it was before."""
+        self._log_attachments(state)
+        if state.error and state.error != self._state.error:
+            log.warning("interfaces not read", error=state.error)
+        for step, cause in state.failures.items():
+            if self._state.failures.get(step) != cause:
+                log.warning("step failed, retrying", step=step, error=cause)
+        for step in self._state.failures.keys() - state.failures.keys():
+            log.info("step succeeded again", step=step)
+        for each in set(state.unseen) - set(self._state.unseen):
+            log.warning("traffic of the node is not watched", iface=each.name, cause=str(each))
+        for each in set(self._state.unseen) - set(state.unseen):
+            log.info("traffic of the node is watched again", iface=each.name)
+
+    def _log_attachments(self, state: State) -> None:
         before = {(a.interface.ifindex, a.interface.name, a.error) for a in self._state.attachments}
         after = {(a.interface.ifindex, a.interface.name, a.error) for a in state.attachments}
         for ifindex, name, error in sorted(after - before, key=str):
@@ -378,33 +456,33 @@ class Attacher:
         for ifindex, name, _ in sorted(before - after, key=str):
             if ifindex not in {a.interface.ifindex for a in state.attachments}:
                 log.info("interface gone", iface=name, ifindex=ifindex)
-        if state.error and state.error != self._state.error:
-            log.warning("interfaces not read", error=state.error)
-        if state.delivery != self._state.delivery:
-            if state.delivery:
-                log.warning("delivery to sockets not seen", error=state.delivery)
-            else:
-                log.info("delivery to sockets seen")
 
     def _run(self) -> None:
+        try:
+            self._follow()
+        except pin_keeper.PinsTaken as error:
+            self.end_cause = str(error)
+
+    def _follow(self) -> None:
         while not self._stopping:
             changed = self._changes.wait(self._check_interval_s, [self._wake_read])
             if changed and not self._stopping:
-                time.sleep(self._debounce_s)
+                time.sleep(self._pace.gather_s())
                 self._changes.drain()
             if not self._stopping and (changed or self._is_due()):
                 self.reconcile()
 
     def _is_due(self) -> bool:
-        if time.monotonic() >= self._next_look:
+        if self._look_wanted.is_set() or time.monotonic() >= self._next_look:
             return True
         begun = time.thread_time()
         in_place = (
             self._hooks.in_place()
             and self._drop.in_place()
-            and (bool(self._state.delivery) or self._delivery.in_place())
+            and self._delivery.in_place()
+            and self._pins.in_place()
         )
         cost_s = time.thread_time() - begun
         wanted = max(cost_s / _CHECK_SHARE, _CHECK_INTERVAL_S)
         self._check_interval_s = min(wanted, _MAX_CHECK_INTERVAL_S)
-        return not in_place and self._patience.spend()
+        return not in_place and self._tries.spend()

@@ -141,10 +141,13 @@ def _add(route: netlink.Socket, ifindex: int, direction: Direction, program: int
 
 
 def _delete(route: netlink.Socket, ifindex: int, direction: Direction) -> None:
-    # somebody else may have removed it, or the device, since we looked
-    with contextlib.suppress(FileNotFoundError):
+    try:
         body = _ours(ifindex, direction)
         route.request(netlink.RTM_DELTFILTER, 0, body, f"filter on ifindex {ifindex}")
+    except OSError as error:
+        # The filter, the qdisc or the device may have been removed since they were read.
+        if error.errno not in _NONE_THERE:
+            raise
 
 
 def _ours(ifindex: int, direction: Direction) -> bytes:

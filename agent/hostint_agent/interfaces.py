@@ -1,38 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which interfaces of this network namespace are watched: pods and uplinks. Reads netlink; attaching is `attach`'s business."""
+"""Read this network namespace from netlink: links, addresses, default routes.
 
-import contextlib
+Which of the links are watched is decided in `choice`.
+"""
+
 import dataclasses
-import fnmatch
+import errno
 import ipaddress
 import select
 import socket
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Literal, TypeVar
+
+import structlog
 
 from hostint_agent import netlink
 
 Kind = Literal["pod", "uplink"]
+_T = TypeVar("_T")
 _IFF_LOOPBACK = 8
 _ARPHRD_ETHER = 1
 # rtnetlink multicast groups of linux/rtnetlink.h: links, traffic control, addresses and routes of both families
 _GROUPS = 1 | 8 | 0x10 | 0x40 | 0x100 | 0x400
-_MAIN_TABLE = 254
+_MAIN_TABLE, _RTN_UNICAST = 254, 1
 # linux/if_link.h, linux/if_addr.h, linux/rtnetlink.h
-_IFLA_IFNAME, _IFLA_MASTER, _IFLA_LINKINFO, _IFLA_EXT_MASK, _IFLA_LINK_NETNSID = 3, 10, 18, 29, 37
+_IFLA_IFNAME, _IFLA_LINK, _IFLA_MASTER, _IFLA_LINKINFO = 3, 5, 10, 18
+_IFLA_EXT_MASK, _IFLA_LINK_NETNSID = 29, 37
 _IFLA_INFO_KIND, _IFLA_INFO_DATA = 1, 2
 # the attribute of IFLA_INFO_DATA that is a tunnel's UDP port, big endian
 _TUNNEL_PORT = {"vxlan": 15, "geneve": 5}
 _RTEXT_FILTER_SKIP_STATS = 8
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
-_RTA_OIF, _RTA_MULTIPATH, _RTA_TABLE = 4, 9, 15
+_RTA_OIF, _RTA_PRIORITY, _RTA_MULTIPATH, _RTA_TABLE = 4, 6, 9, 15
 _LINK = struct.Struct("=BxHiII")
 _ADDRESS = struct.Struct("=BBBBI")
 _ROUTE = struct.Struct("=BBBBBBBBI")
 _NEXT_HOP = struct.Struct("=HBBi")
-# devices that carry other devices' packets: the device below them is the uplink
-_NEVER_UPLINK = frozenset({"bridge", "vxlan", "geneve", "ifb", "dummy", "ipip", "sit", "gre"})
+# The kernel answers a dump of all families with those of others, too: MCTP, Phonet, MPLS.
+_IP: Mapping[int, type[ipaddress.IPv4Address] | type[ipaddress.IPv6Address]] = {
+    socket.AF_INET: ipaddress.IPv4Address,
+    socket.AF_INET6: ipaddress.IPv6Address,
+}
+_MAX_REPORTED = 64
+
+log = structlog.get_logger()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -47,16 +59,27 @@ class Interface:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Link:
-    """One interface as netlink tells it."""
+    """One interface as netlink reports it."""
 
     ifindex: int
     name: str
     kind: str | None  # None: a physical device
     is_ethernet: bool
     is_loopback: bool
-    has_foreign_peer: bool  # the other end is in another network namespace
+    has_foreign_peer: bool  # the other end, or the device below, is in another network namespace
     master: int | None
     tunnel_port: int | None = None  # UDP port of a VXLAN or Geneve device
+    lower: int | None = None  # the device below, or the peer, if that is in this network namespace
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DefaultRoute:
+    """One way of a default route."""
+
+    ifindex: int
+    family: int
+    table: int
+    metric: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -66,7 +89,11 @@ class Network:
     links: tuple[Link, ...]
     addresses: dict[int, tuple[str, ...]]  # global addresses by ifindex
     local: frozenset[str]  # every address of the host, of any scope
-    default_route: frozenset[int]  # ifindexes of default routes
+    default_route: frozenset[int]  # ifindexes of default routes of the main table
+    policy_route: frozenset[int] = frozenset()  # ifindexes of default routes of other tables
+    preferred_route: frozenset[int] = (
+        frozenset()
+    )  # of `default_route`, the lowest metric per family
 
     def tunnel_ports(self, kind: str) -> list[int]:
         """UDP ports of the tunnels of one kind, "vxlan" or "geneve", that end on this host."""
@@ -85,23 +112,25 @@ class Patterns:
 
 def _link(body: bytes) -> Link:
     _, kind, ifindex, flags, _ = _LINK.unpack_from(body)
-    told = netlink.attributes(body, _LINK.size)
-    info = netlink.attributes(told.get(_IFLA_LINKINFO, b""))
+    found = netlink.attributes(body, _LINK.size)
+    info = netlink.attributes(found.get(_IFLA_LINKINFO, b""))
     device = _text(info[_IFLA_INFO_KIND]) if _IFLA_INFO_KIND in info else None
+    is_foreign = _IFLA_LINK_NETNSID in found
     return Link(
         ifindex=ifindex,
-        name=_text(told[_IFLA_IFNAME]),
+        name=_text(found[_IFLA_IFNAME]),
         kind=device,
         is_ethernet=kind == _ARPHRD_ETHER,
         is_loopback=bool(flags & _IFF_LOOPBACK),
-        has_foreign_peer=_IFLA_LINK_NETNSID in told,
-        master=_number(told[_IFLA_MASTER]) if _IFLA_MASTER in told else None,
+        has_foreign_peer=is_foreign,
+        master=_index(found, _IFLA_MASTER),
         tunnel_port=_tunnel_port(device, netlink.attributes(info.get(_IFLA_INFO_DATA, b""))),
+        lower=None if is_foreign else _index(found, _IFLA_LINK),
     )
 
 
-def _tunnel_port(kind: str | None, told: Mapping[int, bytes]) -> int | None:
-    value = told.get(_TUNNEL_PORT.get(kind or "", 0))
+def _tunnel_port(kind: str | None, found: Mapping[int, bytes]) -> int | None:
+    value = found.get(_TUNNEL_PORT.get(kind or "", 0))
     return int.from_bytes(value, "big") if value else None
 
 
@@ -113,98 +142,114 @@ def _number(value: bytes) -> int:
     return int(struct.unpack_from("=I", value)[0])
 
 
-def _address(body: bytes) -> tuple[int, int, str]:
-    """(ifindex, scope, address) of an address message."""
-    _, _, _, scope, ifindex = _ADDRESS.unpack_from(body)
-    told = netlink.attributes(body, _ADDRESS.size)
+def _index(found: Mapping[int, bytes], kind: int) -> int | None:
+    """Return the ifindex in an attribute; None without one, or where it is 0 (any device)."""
+    return _number(found[kind]) or None if kind in found else None
+
+
+def _address(body: bytes) -> tuple[int, str, bool] | None:
+    """Return (ifindex, address, whether it is global) of a message; None if it is not of IP."""
+    family, _, _, scope, ifindex = _ADDRESS.unpack_from(body)
+    if family not in _IP:
+        return None
+    found = netlink.attributes(body, _ADDRESS.size)
     # of a point-to-point link IFA_ADDRESS is the other end's
-    value = told.get(_IFA_LOCAL) or told[_IFA_ADDRESS]
-    return ifindex, scope, str(ipaddress.ip_address(value))
+    value = found.get(_IFA_LOCAL) or found[_IFA_ADDRESS]
+    address = _IP[family](value)
+    return ifindex, str(address), not scope and not address.is_link_local
 
 
-def _default_route(body: bytes) -> Iterator[int]:
-    """Interfaces of a route message, if that is a default route of the main table."""
-    _, length, _, _, table, *_ = _ROUTE.unpack_from(body)
-    if length:
-        return
-    told = netlink.attributes(body, _ROUTE.size)
-    if _RTA_TABLE in told:
-        table = _number(told[_RTA_TABLE])
-    if table != _MAIN_TABLE:
-        return
-    if _RTA_OIF in told:
-        yield _number(told[_RTA_OIF])
-    hops = told.get(_RTA_MULTIPATH, b"")
+def _default_routes(body: bytes) -> list[DefaultRoute]:
+    """Return the ways of a route message; none if it is no unicast default route of IP."""
+    family, length, _, _, table, _, _, kind, _ = _ROUTE.unpack_from(body)
+    if length or family not in _IP or kind != _RTN_UNICAST:
+        return []
+    found = netlink.attributes(body, _ROUTE.size)
+    if _RTA_TABLE in found:
+        table = _number(found[_RTA_TABLE])
+    metric = _number(found[_RTA_PRIORITY]) if _RTA_PRIORITY in found else 0
+    indexes = [_number(found[_RTA_OIF])] if _RTA_OIF in found else []
+    indexes += _hops(found.get(_RTA_MULTIPATH, b""))
+    return [DefaultRoute(index, family, table, metric) for index in indexes]
+
+
+def _hops(hops: bytes) -> Iterator[int]:
     while len(hops) >= _NEXT_HOP.size:
         size, _, _, ifindex = _NEXT_HOP.unpack_from(hops)
         yield ifindex
         hops = hops[max(size, _NEXT_HOP.size) + 3 & ~3 :]
 
 
+class _Reader:
+    """Reads messages; one that cannot be read is left out and logged once."""
+
+    def __init__(self) -> None:
+        self._reported: set[str] = set()
+
+    def read(
+        self, what: str, bodies: Iterable[bytes], parse: Callable[[bytes], _T]
+    ) -> Iterator[_T]:
+        """Yield what `parse` makes of each body."""
+        for body in bodies:
+            try:
+                yield parse(body)
+            except (OSError, struct.error, KeyError, ValueError) as error:
+                self._report(what, body, error)
+
+    def _report(self, what: str, body: bytes, error: Exception) -> None:
+        # The text of some errors has the value: the number of lines must have an end.
+        cause = f"{what}: {type(error).__name__}: {error}"
+        if cause not in self._reported and len(self._reported) < _MAX_REPORTED:
+            self._reported.add(cause)
+            log.warning("netlink message left out", what=what, error=cause, bytes=body[:64].hex())
+
+
+_READER = _Reader()
+
+
 def read_network() -> Network:
     """Read links, addresses and default routes. Raises OSError."""
-    addresses: dict[int, list[str]] = {}
-    local: set[str] = set()
     without_statistics = netlink.attribute(
         _IFLA_EXT_MASK, struct.pack("=I", _RTEXT_FILTER_SKIP_STATS)
     )
     with netlink.Socket() as route:
         asked = _LINK.pack(socket.AF_UNSPEC, 0, 0, 0, 0) + without_statistics
-        links = tuple(_link(body) for body in route.dump(netlink.RTM_GETLINK, asked))
+        links = route.dump(netlink.RTM_GETLINK, asked)
         asked = _ADDRESS.pack(socket.AF_UNSPEC, 0, 0, 0, 0)
-        for body in route.dump(netlink.RTM_GETADDR, asked):
-            ifindex, scope, text = _address(body)
-            local.add(text)
-            if scope == 0 and not ipaddress.ip_address(text).is_link_local:
-                addresses.setdefault(ifindex, []).append(text)
-        routes: set[int] = set()
-        for family in (socket.AF_INET, socket.AF_INET6):
+        # Addresses and routes may change without end. What does not change is in every answer.
+        addresses = route.dump(netlink.RTM_GETADDR, asked, whole=False)
+        routes: list[bytes] = []
+        for family in _IP:
             asked = _ROUTE.pack(family, 0, 0, 0, 0, 0, 0, 0, 0)
-            for body in route.dump(netlink.RTM_GETROUTE, asked):
-                routes.update(_default_route(body))
+            routes += route.dump(netlink.RTM_GETROUTE, asked, whole=False)
+    return parse(links, addresses, routes)
+
+
+def parse(links: Iterable[bytes], addresses: Iterable[bytes], routes: Iterable[bytes]) -> Network:
+    """Return the network that the bodies of three dumps describe."""
+    by_device: dict[int, list[str]] = {}
+    local: set[str] = set()
+    for ifindex, text, is_global in filter(None, _READER.read("address", addresses, _address)):
+        local.add(text)
+        if is_global:
+            by_device.setdefault(ifindex, []).append(text)
+    ways = [way for some in _READER.read("route", routes, _default_routes) for way in some]
+    main = [way for way in ways if way.table == _MAIN_TABLE]
     return Network(
-        links=links,
-        addresses={index: tuple(sorted(texts)) for index, texts in addresses.items()},
+        links=tuple(_READER.read("link", links, _link)),
+        addresses={index: tuple(sorted(texts)) for index, texts in by_device.items()},
         local=frozenset(local),
-        default_route=frozenset(routes),
+        default_route=frozenset(way.ifindex for way in main),
+        policy_route=frozenset(way.ifindex for way in ways if way.table != _MAIN_TABLE),
+        preferred_route=frozenset(_preferred(main)),
     )
 
 
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _kind(link: Link, carriers: frozenset[int]) -> Kind | None:
-    """Pod: a veth into another namespace that carries no route of the host; uplink: what carries the host's own traffic."""
-    if link.kind in _NEVER_UPLINK:
-        return None
-    carries = link.ifindex in carriers or (link.master in carriers and link.kind is None)
-    if carries:
-        return "uplink"
-    if link.kind == "veth" and link.has_foreign_peer:
-        # a veth that has addresses and is no bridge port may be a pod's gateway or a second uplink: watched either way
-        return "pod"
-    return None
-
-
-def choose(network: Network, patterns: Patterns) -> list[Interface]:
-    """The interfaces to watch, by index. Pure."""
-    carriers = set(network.default_route)
-    for link in network.links:
-        if link.kind is None and link.ifindex in network.addresses:
-            carriers.add(link.ifindex)
-    chosen = []
-    for link in network.links:
-        # the programs read Ethernet headers: a tunnel device without them is not for us, whatever it carries
-        if link.is_loopback or not link.is_ethernet or _matches(link.name, patterns.exclude):
-            continue
-        kind = _kind(link, frozenset(carriers))
-        if _matches(link.name, patterns.include):
-            kind = kind or "uplink"
-        if kind:
-            addresses = network.addresses.get(link.ifindex, ())
-            chosen.append(Interface(link.ifindex, link.name, kind, addresses))
-    return sorted(chosen, key=lambda interface: interface.ifindex)
+def _preferred(ways: Sequence[DefaultRoute]) -> Iterator[int]:
+    for family in _IP:
+        of_family = [way for way in ways if way.family == family]
+        lowest = min((way.metric for way in of_family), default=0)
+        yield from (way.ifindex for way in of_family if way.metric == lowest)
 
 
 class Changes:
@@ -222,27 +267,36 @@ class Changes:
 
     def wait(self, timeout_s: float, wake_up: Sequence[int] = ()) -> bool:
         """Wait until something changed or a descriptor of `wake_up` is readable; False at the time-out."""
-        ready, _, _ = select.select([self._socket.fileno(), *wake_up], [], [], timeout_s)
+        # select(2) would refuse descriptors from 1,024 on
+        waiting = select.poll()
+        for descriptor in (self._socket.fileno(), *wake_up):
+            waiting.register(descriptor, select.POLLIN)
+        ready = {descriptor for descriptor, _ in waiting.poll(timeout_s * 1000)}
         changed = self._socket.fileno() in ready and self.drain()
         return changed or any(descriptor in ready for descriptor in wake_up)
 
     def drain(self) -> bool:
-        """Forget the changes told so far; True if one of them matters to us."""
+        """Discard the changes reported so far; True if one of them matters."""
         matters = False
         while True:
             try:
                 matters |= _matters(self._socket.recv(65536))
             except BlockingIOError:
                 return matters
-            except OSError:
-                matters = True  # ENOBUFS: messages were lost, which is a change as well
+            except OSError as error:
+                matters = True  # messages were lost: what they said is not known
+                if error.errno != errno.ENOBUFS:
+                    return True
 
 
 def _matters(datagram: bytes) -> bool:
-    """False for what tells of routes alone that are no default route: a router daemon changes thousands."""
-    with contextlib.suppress(netlink.NetlinkError):
-        return any(
-            kind not in (netlink.RTM_NEWROUTE, netlink.RTM_DELROUTE) or not body[1]
-            for kind, _, _, body in netlink.messages(datagram)
-        )
-    return True
+    """Return False for routes that are no default route: a router daemon changes thousands."""
+    try:
+        return any(_is_change(kind, body) for kind, _, _, body in netlink.messages(datagram))
+    except netlink.NetlinkError:
+        return True
+
+
+def _is_change(kind: int, body: bytes) -> bool:
+    is_route = kind in (netlink.RTM_NEWROUTE, netlink.RTM_DELROUTE)
+    return not is_route or len(body) < _ROUTE.size or not body[1]

@@ -42,6 +42,10 @@ class NetlinkError(OSError):
 class _Interrupted(Exception):
     """The tables changed during a dump: what came is no picture of any moment."""
 
+    def __init__(self, bodies: list[bytes]) -> None:
+        super().__init__()
+        self.bodies = bodies
+
 
 def attribute(kind: int, value: bytes) -> bytes:
     """An attribute as bytes, padded."""
@@ -91,15 +95,23 @@ class Socket:
     def __exit__(self, *_: object) -> None:
         self._socket.close()
 
-    def dump(self, kind: int, body: bytes) -> list[bytes]:
-        """Bodies of all messages that answer a dump, taken while nothing changed. Raises OSError."""
+    def dump(self, kind: int, body: bytes, *, whole: bool = True) -> list[bytes]:
+        """Return the bodies of all messages that answer a dump, taken while nothing changed.
+
+        `whole` False: where changes do not end, return the last answer. What changed meanwhile may
+        be missing in it. Raises OSError.
+        """
+        bodies: list[bytes] = []
         for attempt in range(_TRIES):
             self._send(kind, NLM_F_DUMP, body)
             try:
                 return self._answers(f"dump {kind}")
-            except _Interrupted:
+            except _Interrupted as interrupted:
+                bodies = interrupted.bodies
                 time.sleep(0.001 * 2**attempt)
-        raise NetlinkError(0, "tables changed during every dump", f"dump {kind}")
+        if whole:
+            raise NetlinkError(0, "tables changed during every dump", f"dump {kind}")
+        return bodies
 
     def request(self, kind: int, flags: int, body: bytes, what: str) -> None:
         """Ask for a change and wait until it is done. Raises OSError, with `what` as its filename."""
@@ -130,7 +142,7 @@ class Socket:
                 if kind in (_NLMSG_ERROR, _NLMSG_DONE):
                     _raise_for(body, what)
                     if interrupted:
-                        raise _Interrupted
+                        raise _Interrupted(bodies)
                     return bodies
                 if kind == _NLMSG_OVERRUN:
                     raise NetlinkError(0, "data lost", what)

@@ -67,6 +67,18 @@ def agent(pin_dir: Path) -> tuple[bool, int | None]:
     return False, None
 
 
+def pins_lost(pin_dir: Path) -> str | None:
+    """Return what is wrong with a pin directory that has no datapath, if an agent works with it.
+
+    Raises OSError.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        is_running, _ = agent(pin_dir)
+        if is_running:
+            return f"an agent works with {pin_dir}, but no datapath is pinned there"
+    return None
+
+
 def _lock_holder(locked: os.stat_result) -> int | None:
     wanted = f"{os.major(locked.st_dev):02x}:{os.minor(locked.st_dev):02x}:{locked.st_ino}"
     for line in _LOCKS.read_text().splitlines():

@@ -3,6 +3,7 @@
 
 import asyncio
 import errno
+import ipaddress
 import json
 import os
 import time
@@ -24,6 +25,8 @@ from hostint_agent import (
     unload,
 )
 from hostint_agent.loader import default_bpf_dir
+from hostint_api import WatchlistState
+from tests.agent import node_shapes
 from tests.agent.test_node_rules import COLLECTOR, RULE, WATCHLIST, spec
 from tests.agent.test_succession import put, words
 from tests.lab import test_upgrade as upgrades
@@ -39,7 +42,16 @@ def pin_dir():
     unload.unload(directory)
 
 
-def chosen(pin_dir: Path, state_dir: Path, bpf_dir: Path | None = None) -> settings.Settings:
+# no interface: nothing of this machine is touched
+NO_INTERFACES = interfaces.Patterns((), ("*",))
+
+
+def chosen(
+    pin_dir: Path,
+    state_dir: Path,
+    bpf_dir: Path | None = None,
+    patterns: interfaces.Patterns = NO_INTERFACES,
+) -> settings.Settings:
     return settings.Settings(
         node="node-a",
         pin_dir=pin_dir,
@@ -47,8 +59,7 @@ def chosen(pin_dir: Path, state_dir: Path, bpf_dir: Path | None = None) -> setti
         state_dir=state_dir,
         cgroup_root=Path(settings.DEFAULT_CGROUP_ROOT),
         http=None,
-        # no interface: nothing of this machine is touched
-        patterns=interfaces.Patterns((), ("*",)),
+        patterns=patterns,
         mode="auto",
         log_level="info",
         log_format="auto",
@@ -61,9 +72,10 @@ def with_agent(
     scenario: Callable[[agent.Agent], Awaitable[None]],
     first: agent.Wanted | None = None,
     bpf_dir: Path | None = None,
+    patterns: interfaces.Patterns = NO_INTERFACES,
 ) -> None:
     async def whole() -> None:
-        process = agent.Agent(chosen(pin_dir, state_dir, bpf_dir), first)
+        process = agent.Agent(chosen(pin_dir, state_dir, bpf_dir, patterns), first)
         await asyncio.to_thread(process.start)
         try:
             await scenario(process)
@@ -106,6 +118,103 @@ def test_a_node_without_interfaces_is_not_ready_for_a_watchlist(pin_dir, tmp_pat
         assert (state.ready, state.reason) == (False, "NoInterfaces")
 
     with_agent(pin_dir, tmp_path, scenario)
+
+
+@pytest.fixture
+def no_hooks(monkeypatch):
+    """Nothing is attached: the interfaces are not those of this machine."""
+    monkeypatch.setattr(attach.TcxHooks, "ensure", lambda *_: None)
+    monkeypatch.setattr(attach.TcxHooks, "in_place", lambda _: True)
+
+
+def on_node(monkeypatch, shape: node_shapes.Shape) -> None:
+    network = node_shapes.read(shape)
+    monkeypatch.setattr(interfaces, "read_network", lambda: network)
+
+
+def state_of(process: agent.Agent) -> WatchlistState:
+    (state,) = process.status().watchlists
+    return state
+
+
+ALL_INTERFACES = interfaces.Patterns()
+WG0 = "the node's address 10.6.0.2 is on wg0, which is not watched: wg0 (kind wireguard) has no"
+
+
+@pytest.mark.parametrize(
+    ("patterns", "ready", "reason", "message"),
+    [
+        (ALL_INTERFACES, False, "UplinkNotWatched", WG0),
+        # accepted
+        (interfaces.Patterns(exclude=("wg*",)), True, "Programmed", ""),
+    ],
+    ids=["found", "excluded"],
+)
+def test_a_node_address_that_no_interface_sees_is_told(
+    pin_dir, tmp_path, monkeypatch, no_hooks, patterns, ready, reason, message
+):
+    on_node(monkeypatch, node_shapes.WIREGUARD)
+
+    async def scenario(process: agent.Agent) -> None:
+        await process.apply(agent.Wanted(spec(nodeID=int(ipaddress.ip_address("10.6.0.2"))), 1))
+        # the node's address was not known when the interfaces were looked at
+        await asyncio.sleep(1)
+        state = state_of(process)
+        assert (state.ready, state.reason, state.message[: len(WG0)]) == (ready, reason, message)
+
+    with_agent(pin_dir, tmp_path, scenario, patterns=patterns)
+
+
+def test_a_default_route_that_moves_out_of_sight_is_told(pin_dir, tmp_path, monkeypatch, no_hooks):
+    later = node_shapes.read(node_shapes.FULL_TUNNEL)
+    on_node(monkeypatch, node_shapes.NETKIT)
+
+    async def scenario(process: agent.Agent) -> None:
+        changed = asyncio.Event()
+        await process.apply(agent.Wanted(spec(), 1))
+        assert state_of(process).ready
+        process.on_status = changed.set
+        monkeypatch.setattr(interfaces, "read_network", lambda: later)
+        await asyncio.to_thread(process._attacher.reconcile)
+        await asyncio.wait_for(changed.wait(), 5)
+        state = state_of(process)
+        assert (state.ready, state.reason) == (False, "UplinkNotWatched")
+        assert state.message.startswith("the default route is on tun0")
+
+    with_agent(pin_dir, tmp_path, scenario, patterns=ALL_INTERFACES)
+
+
+def test_a_name_that_is_not_utf_8_stops_no_status(pin_dir, tmp_path, monkeypatch, no_hooks):
+    """The kernel takes any bytes for the name of an interface, JSON does not."""
+    devices = [node_shapes.pod(4, "p\udcf6d")]
+    on_node(monkeypatch, node_shapes.Shape(devices, []))
+    monkeypatch.setattr(attach.TcxHooks, "ensure", no_detaching)
+
+    async def scenario(process: agent.Agent) -> None:
+        await process.apply(agent.Wanted(spec(), 1))
+        state = state_of(process)
+        assert (state.reason, state.message) == (
+            "AttachFailed",
+            "interface p\\udcf6d: [Errno 1] no detaching here",
+        )
+
+    with_agent(pin_dir, tmp_path, scenario, patterns=ALL_INTERFACES)
+
+
+def test_a_step_that_fails_is_told(pin_dir, tmp_path, monkeypatch, no_hooks):
+    on_node(monkeypatch, node_shapes.NETKIT)
+
+    async def scenario(process: agent.Agent) -> None:
+        await process.apply(agent.Wanted(spec(), 1))
+        state = state_of(process)
+        assert (state.ready, state.reason) == (False, "DatapathIncomplete")
+        assert state.message == "drop program: [Errno 1] no tracepoint here"
+
+    def no_tracepoint(_: object) -> None:
+        raise OSError(errno.EPERM, "no tracepoint here")
+
+    monkeypatch.setattr(attach.DropLink, "ensure", no_tracepoint)
+    with_agent(pin_dir, tmp_path, scenario, patterns=ALL_INTERFACES)
 
 
 def test_a_refused_configuration_leaves_the_old_rules_and_says_why(pin_dir, tmp_path):
@@ -290,7 +399,7 @@ def no_interfaces() -> None:
     raise OSError(errno.EPERM, "no netlink here")
 
 
-def no_detaching(_: object) -> None:
+def no_detaching(*_: object) -> None:
     raise OSError(errno.EPERM, "no detaching here")
 
 
@@ -303,6 +412,13 @@ def no_detaching(_: object) -> None:
             no_detaching,
             "UpgradeIncomplete",
             "reports are held back until older programs are gone: [Errno 1] no detaching here",
+        ),
+        (
+            attach.DropLink,
+            "ensure",
+            no_detaching,
+            "UpgradeIncomplete",
+            "reports are held back until older programs are gone",
         ),
         (
             interfaces,

@@ -22,27 +22,6 @@ from tests.lab.topology import Node
 _HASH, _ARRAY, _MMAPABLE = 1, 2, 1024
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def test_we_insist_at_once_at_first_and_once_in_five_seconds_for_ever():
-    """Somebody who takes our place as often as we take it back costs the node two links in five seconds, not eight a second."""
-    clock = Clock()
-    patience = attach.Patience(clock)
-    granted = 0
-    for _ in range(2400):
-        granted += patience.spend()
-        clock.now += 0.25
-    assert granted == 20 + int(599.75 / 5)
-    clock.now += 3600
-    assert [patience.spend() for _ in range(21)] == [True] * 20 + [False]
-
-
 @pytest.mark.bpf
 def test_ports_are_looked_up_only_where_one_is_not_its_index():
     with tempfile.TemporaryDirectory(prefix="hostint-ports-", dir="/sys/fs/bpf") as directory:

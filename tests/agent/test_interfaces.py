@@ -1,87 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which interfaces are watched: pods and uplinks, nothing that carries other devices' packets."""
+"""What is read of a network namespace, and which changes are a reason to read it again."""
 
 import dataclasses
 import socket
 import struct
 
+import pytest
+import structlog
+
 from hostint_agent import interfaces, netlink
-
-LOOPBACK = interfaces.Link(1, "lo", None, False, True, False, None)
-NIC = interfaces.Link(2, "eth0", None, True, False, False, None)
-POD = interfaces.Link(10, "veth1a2b", "veth", True, False, True, None)
-BRIDGE = interfaces.Link(20, "cni0", "bridge", True, False, False, None)
-VXLAN = interfaces.Link(21, "flannel.1", "vxlan", True, False, False, None)
-LOCAL_PAIR = interfaces.Link(22, "veth-in", "veth", True, False, False, None)
-
-
-def network(*links: interfaces.Link, addresses=None, default_route=()) -> interfaces.Network:
-    return interfaces.Network(
-        links=links,
-        addresses=addresses or {},
-        local=frozenset(),
-        default_route=frozenset(default_route),
-    )
-
-
-def chosen(*links: interfaces.Link, patterns=interfaces.Patterns(), **facts) -> dict[str, str]:
-    picked = interfaces.choose(network(*links, **facts), patterns)
-    return {interface.name: interface.kind for interface in picked}
-
-
-def test_a_veth_into_another_namespace_is_a_pod():
-    assert chosen(POD) == {"veth1a2b": "pod"}
-
-
-def test_a_veth_pair_within_the_host_is_not_watched():
-    assert chosen(LOCAL_PAIR) == {}
-
-
-def test_what_carries_the_default_route_is_an_uplink():
-    assert chosen(NIC, default_route=[2]) == {"eth0": "uplink"}
-
-
-def test_a_physical_device_with_an_address_is_an_uplink():
-    assert chosen(NIC, addresses={2: ("192.0.2.1",)}) == {"eth0": "uplink"}
-
-
-def test_a_node_that_is_a_namespace_has_a_veth_uplink():
-    assert chosen(POD, default_route=[10]) == {"veth1a2b": "uplink"}
-
-
-def test_the_loopback_is_never_watched():
-    everything = interfaces.Patterns(include=("*",))
-    assert chosen(LOOPBACK, patterns=everything, addresses={1: ("127.0.0.1",)}) == {}
-
-
-def test_devices_that_carry_other_devices_packets_are_not_watched():
-    facts = {"addresses": {20: ("10.244.1.1",), 21: ("10.244.1.0",)}, "default_route": [20, 21]}
-    assert chosen(BRIDGE, VXLAN, **facts) == {}
-
-
-def test_a_bridged_uplink_is_watched_at_its_physical_port():
-    port = dataclasses.replace(NIC, master=20)
-    assert chosen(port, BRIDGE, addresses={20: ("192.0.2.1",)}, default_route=[20]) == {
-        "eth0": "uplink"
-    }
-
-
-def test_a_device_without_ethernet_headers_is_not_watched_whatever_it_carries_or_is_called():
-    tunnel = interfaces.Link(30, "wg0", "wireguard", False, False, False, None)
-    facts = {"addresses": {30: ("10.9.0.1",)}, "default_route": [30]}
-    assert chosen(tunnel, patterns=interfaces.Patterns(include=("wg*",)), **facts) == {}
-    assert chosen(dataclasses.replace(tunnel, is_ethernet=True), **facts) == {"wg0": "uplink"}
-
-
-def test_exclude_wins_over_everything():
-    patterns = interfaces.Patterns(include=("veth*",), exclude=("veth1*",))
-    assert chosen(POD, patterns=patterns) == {}
-
-
-def test_include_adds_what_detection_leaves_out():
-    assert chosen(LOCAL_PAIR, patterns=interfaces.Patterns(include=("veth-*",))) == {
-        "veth-in": "uplink"
-    }
+from tests.agent import node_shapes
 
 
 def route_message(kind: int, length: int) -> bytes:
@@ -100,6 +28,7 @@ def test_only_default_routes_are_a_reason_to_look_again():
 def test_every_other_message_is_a_reason_to_look_again():
     assert interfaces._matters(route_message(netlink.RTM_NEWLINK, 24))
     assert interfaces._matters(b"what nobody understands")
+    assert interfaces._matters(struct.pack("=IHHII", 16, netlink.RTM_NEWROUTE, 0, 0, 0))
 
 
 def link_message(kind: str, *data: tuple[int, bytes]) -> bytes:
@@ -118,5 +47,89 @@ def test_tunnels_are_known_by_their_ports():
         interfaces._link(link_message("vxlan")),
     ]
     assert [link.tunnel_port for link in links] == [4444, 4444, None, None]
-    assert network(*links, *links).tunnel_ports("vxlan") == [4444]
-    assert network(NIC).tunnel_ports("geneve") == []
+    found = interfaces.Network((*links, *links), {}, frozenset(), frozenset())
+    assert found.tunnel_ports("vxlan") == [4444]
+    assert dataclasses.replace(found, links=()).tunnel_ports("geneve") == []
+
+
+# what cannot be read is left out, and the rest is read
+
+OTHER_FAMILIES = {
+    # struct ifaddrmsg, and the address as IFA_LOCAL: an endpoint id of MCTP, an address of Phonet
+    "MCTP": struct.pack("=BBBBI", 45, 8, 0, 0, 2) + netlink.attribute(2, b"\x09"),
+    "Phonet": struct.pack("=BBBBI", 35, 0, 0x80, 0, 2) + netlink.attribute(2, b"\x6c"),
+    "a family to come": struct.pack("=BBBBI", 99, 0, 0, 0, 2),
+}
+MALFORMED_ADDRESSES = {
+    "half a header": b"\x02\x18",
+    "no address": struct.pack("=BBBBI", socket.AF_INET, 24, 0, 0, 2),
+    "five bytes": struct.pack("=BBBBI", socket.AF_INET, 24, 0, 0, 2)
+    + netlink.attribute(2, bytes(5)),
+    "an impossible attribute": struct.pack("=BBBBI", socket.AF_INET, 24, 0, 0, 2) + b"\xff\0\2\0",
+    "IPv4 of 16 bytes": struct.pack("=BBBBI", socket.AF_INET, 24, 0, 0, 2)
+    + netlink.attribute(1, bytes(16)),
+}
+LINK_HEAD = struct.pack("=BxHiII", 0, 1, 77, 0, 0)
+MALFORMED_LINKS = {
+    "no name": LINK_HEAD + netlink.attribute(4, bytes(4)),
+    "half a header": LINK_HEAD[:9],
+    "a short master": LINK_HEAD + netlink.attribute(3, b"x\0") + netlink.attribute(10, b"\1"),
+    "a broken kind": LINK_HEAD
+    + netlink.attribute(3, b"x\0")
+    + netlink.attribute(18, b"\xff\0\1\0"),
+}
+
+
+def with_warnings(shape: node_shapes.Shape) -> tuple[interfaces.Network, list[str]]:
+    with structlog.testing.capture_logs() as logs:
+        found = node_shapes.read(shape)
+    return found, [line["event"] for line in logs]
+
+
+@pytest.mark.parametrize("family", OTHER_FAMILIES)
+def test_addresses_of_other_families_are_none_of_ours(family):
+    shape = dataclasses.replace(node_shapes.KIND, more_addresses=[OTHER_FAMILIES[family]])
+    found, warnings = with_warnings(shape)
+    assert found == node_shapes.read(node_shapes.KIND)
+    assert warnings == []
+
+
+@pytest.mark.parametrize("name", MALFORMED_ADDRESSES)
+def test_a_malformed_address_is_left_out_and_logged_once(name, monkeypatch):
+    monkeypatch.setattr(interfaces, "_READER", interfaces._Reader())
+    body = MALFORMED_ADDRESSES[name]
+    shape = dataclasses.replace(node_shapes.KIND, more_addresses=[body, body])
+    found, warnings = with_warnings(shape)
+    assert found == node_shapes.read(node_shapes.KIND)
+    assert warnings == ["netlink message left out"]
+    assert with_warnings(shape)[1] == []
+
+
+@pytest.mark.parametrize("name", MALFORMED_LINKS)
+def test_a_malformed_link_is_left_out_and_logged_once(name, monkeypatch):
+    monkeypatch.setattr(interfaces, "_READER", interfaces._Reader())
+    shape = dataclasses.replace(node_shapes.KIND, more_links=[MALFORMED_LINKS[name]] * 2)
+    found, warnings = with_warnings(shape)
+    assert found == node_shapes.read(node_shapes.KIND)
+    assert warnings == ["netlink message left out"]
+
+
+def test_the_number_of_warnings_has_an_end(monkeypatch):
+    monkeypatch.setattr(interfaces, "_READER", interfaces._Reader())
+    head = struct.pack("=BBBBI", socket.AF_INET, 24, 0, 0, 2)
+    bodies = [head + netlink.attribute(2, struct.pack("=IB", n, 0)) for n in range(1000)]
+    shape = dataclasses.replace(node_shapes.KIND, more_addresses=bodies)
+    assert len(with_warnings(shape)[1]) == interfaces._MAX_REPORTED
+
+
+def test_a_route_of_another_family_is_no_default_route():
+    """A kernel without IPv6 answers a dump of its routes with those of all families."""
+    mpls = struct.pack("=BBBBBBBBI", 28, 0, 0, 0, 254, 0, 0, 1, 0) + netlink.attribute(
+        4, bytes((9, 0, 0, 0))
+    )
+    assert interfaces.parse([], [], [mpls]).default_route == frozenset()
+
+
+def test_a_name_that_is_not_utf_8_stays_the_same_bytes():
+    link = interfaces._link(LINK_HEAD + netlink.attribute(3, b"p\xf6d0\0"))
+    assert link.name.encode(errors="surrogateescape") == b"p\xf6d0"

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 
 import pyroute2
@@ -86,6 +87,17 @@ def test_a_dump_that_never_meets_quiet_fails(speaking):
     route, kernel = speaking(*answers)
     with pytest.raises(netlink.NetlinkError, match="changed during every dump"):
         route.dump(18, b"")
+    assert kernel.asked < 10
+
+
+def test_a_dump_that_need_not_be_whole_is_the_last_answer(speaking):
+    """Addresses of IPVS may change for as long as a cluster lives."""
+    answers = [
+        message(16, bytes((number, 0, 0, 0)), sequence=number) + done(number, flags=INTERRUPTED)
+        for number in range(1, 100)
+    ]
+    route, kernel = speaking(*answers)
+    assert route.dump(18, b"", whole=False) == [bytes((kernel.asked, 0, 0, 0))]
     assert kernel.asked < 10
 
 
@@ -200,7 +212,9 @@ def links_by_pyroute2() -> set[tuple[object, ...]]:
             kind = info.get_attr("IFLA_INFO_KIND") if info else None
             foreign = link.get_attr("IFLA_LINK_NETNSID") is not None
             shown = (link["index"], link.get_attr("IFLA_IFNAME"), kind, link["ifi_type"] == 1)
-            found.add((*shown, bool(link["flags"] & 8), foreign, link.get_attr("IFLA_MASTER")))
+            lower = None if foreign else link.get_attr("IFLA_LINK") or None
+            master = link.get_attr("IFLA_MASTER")
+            found.add((*shown, bool(link["flags"] & 8), foreign, master, lower))
         return found
 
 
@@ -220,7 +234,11 @@ def addresses_by_pyroute2() -> tuple[dict[int, tuple[str, ...]], frozenset[str]]
 def test_we_read_of_links_what_pyroute2_reads(crowded):
     ours = crowded.inside(interfaces.read_network).links
     told = {
-        (i.ifindex, i.name, i.kind, i.is_ethernet, i.is_loopback, i.has_foreign_peer, i.master)
+        (
+            *(i.ifindex, i.name, i.kind, i.is_ethernet),
+            i.is_loopback,
+            *(i.has_foreign_peer, i.master, i.lower),
+        )
         for i in ours
     }
     assert told == crowded.inside(links_by_pyroute2)
@@ -231,6 +249,8 @@ def test_we_read_of_links_what_pyroute2_reads(crowded):
     assert by_name["pod0"].has_foreign_peer
     assert not by_name["here"].has_foreign_peer
     assert by_name["here"].master == by_name["br0"].ifindex
+    assert by_name["here"].lower == by_name["mv0"].lower == by_name["there"].ifindex
+    assert by_name["pod0"].lower is None
     assert by_name["tap0"].is_ethernet
     assert not by_name["tun0"].is_ethernet
 
@@ -281,6 +301,71 @@ def test_what_is_read_while_links_come_and_go_is_whole(crowded):
     finally:
         stop.set()
         thread.join()
+
+
+@pytest.mark.lab
+def test_addresses_that_change_without_end_stop_no_reading(crowded):
+    """A dump of more than a datagram meets a change each time."""
+    stop = threading.Event()
+    name = crowded.name
+    ip(*(f"-n {name} addr add 10.200.{n // 250}.{n % 250}/32 dev ifb9" for n in range(4000)))
+
+    def churn() -> None:
+        while not stop.is_set():
+            change = f"-n {name} addr {{}} 10.201.0.1/32 dev ifb9"
+            ip(*(change.format(word) for _ in range(50) for word in ("add", "del")))
+
+    thread = threading.Thread(target=churn)
+    thread.start()
+    try:
+        for _ in range(10):
+            found = crowded.inside(interfaces.read_network)
+            assert {"10.7.0.1", "fd00:7::1", "192.0.2.1"} <= found.local
+    finally:
+        stop.set()
+        thread.join()
+        ip(f"-n {name} addr flush dev ifb9")
+
+
+CHANGES = {
+    "an address": "addr {0} 10.202.0.1/32 dev ifb9",
+    "an IPv6 address": "addr {0} fd00:ffff::1/64 dev ifb9 nodad",
+    "a temporary IPv6 address": "addr {0} fd00:ffff::2/64 dev ifb9 valid_lft 90 preferred_lft 60",
+    "a link": "link {0} ifb8 type ifb",
+    "a default route": "route {0} default via 192.0.2.9 dev br0 metric 77",
+}
+
+
+@pytest.mark.lab
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_is_noticed_when_it_comes_and_when_it_goes(crowded, change):
+    changes = crowded.inside(interfaces.Changes)
+    try:
+        for word in ("add", "del"):
+            changes.drain()
+            ip(f"-n {crowded.name} {CHANGES[change].format(word)}")
+            assert changes.wait(5)
+            time.sleep(0.05)
+        changes.drain()
+        assert not changes.wait(0.05)
+        ip(*(f"-n {crowded.name} route {word} 172.31.0.1/32 dev br0" for word in ("add", "del")))
+        assert not changes.wait(0.2)
+    finally:
+        changes.close()
+
+
+@pytest.mark.lab
+def test_changes_that_were_lost_are_a_change(crowded):
+    """More messages than the socket has room for: ENOBUFS."""
+    changes = crowded.inside(interfaces.Changes)
+    try:
+        changes._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+        lines = [f"-n {crowded.name} route {{}} 172.31.{n}.1/32 dev br0" for n in range(250)]
+        ip(*(line.format(word) for word in ("add", "del") for line in lines))
+        assert changes.wait(5)
+        assert not changes.wait(0.05)
+    finally:
+        changes.close()
 
 
 def test_pyroute2_is_nothing_that_an_agent_imports():

@@ -84,6 +84,7 @@ def told(**more: object) -> status.Status:
         "configuration": 3,
         "programs": dict.fromkeys(loader.PROGRAMS, program),
         "interfaces": (interface(),),
+        "unseen": (),
         "generation": 12,
         "rules": 2,
         "own_rules": 1,
@@ -200,6 +201,7 @@ def test_a_node_on_which_all_is_well_says_so():
         ({"configuration": None}, "names are not known: no last good configuration"),
         ({"watchlists": (watchlist(live=False),)}, "web: not live"),
         ({"interfaces": ()}, "first in order on 0 of 0 hooks"),
+        ({"unseen": ("the default route is on wg0",)}, "the default route is on wg0"),
     ],
 )
 def test_what_is_not_as_it_should_be_is_told(change, words):
@@ -333,6 +335,16 @@ def test_an_interval_that_is_none_is_wrong_usage(value, capsys):
         command.main(["status", f"--interval={value}"])
     assert ended.value.code == 2
     assert f"'{value}' is not 0..3600 seconds" in capsys.readouterr().err
+
+
+def test_an_agent_without_pins_is_told(tmp_path):
+    """It is starting, or somebody removed them."""
+    descriptor = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    ended = run("--pin-dir", tmp_path)
+    os.close(descriptor)
+    words = f"an agent works with {tmp_path}, but no datapath is pinned there"
+    assert (ended.returncode, ended.stderr) == (1, f"hostint-agent: {words}\n")
 
 
 def test_without_a_datapath_there_is_one_line_and_status_1(tmp_path):

@@ -2,11 +2,13 @@
 """Checks of `hostint-agent doctor` that concern what is loaded and attached, and where. They look, and change nothing."""
 
 import errno
-from collections.abc import Mapping, Sequence
+import ipaddress
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from hostint_agent import (
+    choice,
     clsact,
     hook_programs,
     interfaces,
@@ -26,13 +28,17 @@ _HOST_ONLY = Path("/proc/sys/net/core/dev_weight")
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A build whose programs are pinned: their kernel ids by name; `netns_cookie` is 0 where it is not known."""
+    """A build whose programs are pinned: their kernel ids by name.
+
+    `netns_cookie` and `node_id` are 0 where they are not known.
+    """
 
     directory: Path
     programs: Mapping[str, int]
     enabled: bool
     held: bool
     netns_cookie: int
+    node_id: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +55,19 @@ def _opened(directory: Path, *, same_maps: bool) -> Loaded:
     if not same_maps:
         return Loaded(directory, ids, enabled=True, held=False, netns_cookie=0)
     config = pinned.config(directory)
-    return Loaded(directory, ids, bool(config.enabled), bool(config.hold), config.netns_cookie)
+    enabled, held = bool(config.enabled), bool(config.hold)
+    return Loaded(directory, ids, enabled, held, config.netns_cookie, config.node_id)
 
 
 def find(pin_dir: Path, bpf_dir: Path) -> tuple[Finding, Loaded | None]:
     """The datapath that is loaded, if one is. Raises OSError where the pins may not be looked at."""
     builds = loader.builds(pin_dir)
+    if not builds and (words := pinned.pins_lost(pin_dir)):
+        remedy = (
+            "run doctor again: an agent that starts needs some seconds, one whose pins were "
+            "removed pins them again within a second; if it has not, restart it"
+        )
+        return finding.failure("datapath", words, remedy), None
     if not builds:
         words = f"none is loaded at {pin_dir}; the agent loads one when it starts"
         return finding.ok("datapath", words), None
@@ -111,29 +124,51 @@ def network_namespace(loaded: Loaded | None) -> Finding:
     return finding.warning(check, "not the host's: only its own interfaces are watched", remedy)
 
 
-def attachments(patterns: interfaces.Patterns, loaded: Loaded | None) -> list[Finding]:
-    """Which interfaces are watched, and one finding for each where our programs do not run first. Raises OSError."""
-    chosen = interfaces.choose(interfaces.read_network(), patterns)
+def attachments(patterns: interfaces.Patterns, loaded: Loaded | None) -> Iterator[Finding]:
+    """Yield which interfaces are watched, and what is wrong with each; then what none of them sees.
+
+    Raises OSError.
+    """
+    network = interfaces.read_network()
+    chosen = choice.choose(network, patterns)
     if not chosen:
         words = "there is neither a pod's interface nor an uplink"
         remedy = "name those to watch with --include-interfaces (not lo, and none without Ethernet)"
-        return [finding.warning("interfaces", words, remedy)]
-    if loaded is None:
-        kinds = [f"{interface.name} ({interface.kind})" for interface in chosen]
-        return [finding.ok("interfaces", f"{len(chosen)} to watch: {_listed(kinds)}")]
-    wrong = []
-    right = []
+        yield finding.warning("interfaces", words, remedy)
+    elif loaded is None:
+        yield _would_be_watched(chosen)
+    else:
+        yield from _watched(chosen, loaded)
+    address = str(ipaddress.IPv4Address(loaded.node_id)) if loaded else None
+    for each in choice.unseen(network, patterns, chosen, address):
+        yield finding.warning(f"uplink {each.name}", each.found, each.remedy)
+
+
+def _would_be_watched(chosen: Sequence[interfaces.Interface]) -> Finding:
     with netlink.Socket() as route:
-        for interface in chosen:
-            found = _interface(route, interface, loaded)
-            if found.result == "ok":
-                right.append(interface.name)
-            else:
-                wrong.append(found)
+        left = [
+            each.name
+            for each in chosen
+            for direction in clsact.DIRECTIONS
+            if any(one.is_ours for one in clsact.filters(route, each.ifindex, direction))
+        ]
+    if left:
+        where = _listed([*dict.fromkeys(left)])
+        words = f"programs of ours whose maps are pinned nowhere run on {where}"
+        remedy = "start the agent, which replaces them, or remove them with hostint-agent unload"
+        return finding.warning("interfaces", words, remedy)
+    kinds = [f"{interface.name} ({interface.kind})" for interface in chosen]
+    return finding.ok("interfaces", f"{len(chosen)} to watch: {_listed(kinds)}")
+
+
+def _watched(chosen: Sequence[interfaces.Interface], loaded: Loaded) -> Iterator[Finding]:
+    with netlink.Socket() as route:
+        found = [(each, _interface(route, each, loaded)) for each in chosen]
+    right = [interface.name for interface, one in found if one.result == "ok"]
     if right:
         words = f"our programs run first on {len(right)} of {len(chosen)}: {_listed(right)}"
-        wrong.insert(0, finding.ok("interfaces", words))
-    return wrong
+        yield finding.ok("interfaces", words)
+    yield from (one for _, one in found if one.result != "ok")
 
 
 def _interface(route: netlink.Socket, interface: interfaces.Interface, loaded: Loaded) -> Finding:

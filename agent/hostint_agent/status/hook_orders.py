@@ -3,12 +3,13 @@
 
 import contextlib
 import errno
+import ipaddress
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from hostint_agent import bpf_calls, clsact, hook_programs, interfaces, netlink
+from hostint_agent import bpf_calls, choice, clsact, hook_programs, interfaces, netlink
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,27 +34,41 @@ class Interface:
     hooks: tuple[Hook, ...]
 
 
-def read(maps: Path, ours: Mapping[str, int]) -> tuple[Interface, ...]:
-    """Interfaces of this network namespace that the agent has chosen, which then have a port id, or that have a program of ours.
+@dataclass(frozen=True, slots=True)
+class Hooks:
+    """All hooks, and what traffic of the node passes them by."""
 
-    `ours`: kernel ids of our programs by direction. Raises OSError.
+    interfaces: tuple[Interface, ...]
+    unseen: tuple[str, ...]
+
+
+def read(maps: Path, ours: Mapping[str, int], node_id: int) -> Hooks:
+    """Look at the interfaces that the agent has chosen, or that have a program of ours.
+
+    Those that it has chosen have a port id. `ours`: kernel ids of our programs by direction.
+    Raises OSError.
     """
-    chosen = _ports(bpf_calls.Map.open(maps / "ports"))
-    # all that could be chosen, by whatever patterns the agent has been given
+    ports = _ports(bpf_calls.Map.open(maps / "ports"))
     network = interfaces.read_network()
-    possible = interfaces.choose(network, interfaces.Patterns(include=("*",)))
+    # all that could be chosen, by whatever patterns the agent has been given
+    possible = choice.choose(network, interfaces.Patterns(include=("*",)))
     with netlink.Socket() as route:
         found = [
             Interface(
                 one.ifindex,
                 one.name,
                 one.kind,
-                chosen.get(one.ifindex, 0),
+                ports.get(one.ifindex, 0),
                 tuple(_hook(route, one.ifindex, d, ours[d]) for d in clsact.DIRECTIONS),
             )
             for one in possible
         ]
-    return tuple(i for i in found if i.ifindex in chosen or any(h.method for h in i.hooks))
+    kept = tuple(i for i in found if i.ifindex in ports or any(h.method for h in i.hooks))
+    indexes = {each.ifindex for each in kept}
+    chosen = [one for one in possible if one.ifindex in indexes]
+    address = str(ipaddress.IPv4Address(node_id))
+    unseen = choice.unseen(network, interfaces.Patterns(), chosen, address)
+    return Hooks(kept, tuple(each.found for each in unseen))
 
 
 def _ports(opened: bpf_calls.Map) -> dict[int, int]:

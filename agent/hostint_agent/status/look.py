@@ -99,6 +99,7 @@ class Status:
     )  # generation of the last good one; None: there is none, and names are not known
     programs: Mapping[str, bpf_calls.ProgramInfo]
     interfaces: tuple[hook_orders.Interface, ...]
+    unseen: tuple[str, ...]  # traffic of the node that passes them by
     generation: int
     rules: int  # directed ones of watchlists
     own_rules: int  # that keep reports unwatched
@@ -119,7 +120,8 @@ def gather(where: Where, interval_s: float) -> Status:
     try:
         build = pinned.loaded_build(where.pin_dir, where.bpf_dir)
         if build is None:
-            raise NoStatus(f"no datapath is loaded at {where.pin_dir}")
+            lost = pinned.pins_lost(where.pin_dir)
+            raise NoStatus(lost or f"no datapath is loaded at {where.pin_dir}")
         return _Look(build, where).status(interval_s)
     except OSError as error:
         # by hand, or while it is unloaded or replaced
@@ -160,6 +162,7 @@ class _Look:
         programs = {name: pinned.program(self._build, name) for name in loader.PROGRAMS}
         own_namespace = config.netns_cookie in (0, kernel.netns_cookie())
         ids = {name: program.id for name, program in programs.items()}
+        hooks = hook_orders.read(self._maps, ids, config.node_id) if own_namespace else None
         age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - programs["drop"].loaded_ns / 1e9
         return Status(
             version=importlib.metadata.version("hostint"),
@@ -176,7 +179,8 @@ class _Look:
             own_namespace=own_namespace,
             configuration=self._good.generation if self._good else None,
             programs=programs,
-            interfaces=hook_orders.read(self._maps, ids) if own_namespace else (),
+            interfaces=hooks.interfaces if hooks else (),
+            unseen=hooks.unseen if hooks else (),
             generation=self._live.generation,
             rules=sum(n for place, n in self._live.rules.items() if place),
             own_rules=self._live.rules.get(0, 0),

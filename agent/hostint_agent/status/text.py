@@ -93,6 +93,8 @@ def _attached(page: Page, told: look.Status) -> None:
     first = sum(hook.place == 1 for hook in hooks)
     words = f"first in order on {first} of {len(hooks)} hooks of {len(told.interfaces)} interfaces"
     page.field("ATTACHED", words, "" if first == len(hooks) and hooks else "yellow")
+    for words in told.unseen:
+        page.field("", words, "yellow")
     for (kind, orders), names in _alike(told.interfaces).items():
         page.field(f"  {kind}", " ".join(names))
         for hook in orders:

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks of what is loaded and attached, and where: each is seen to pass, and to fail for the reason that it names."""
 
+import fcntl
 import os
+import time
 
 import pytest
 
@@ -36,6 +38,53 @@ def test_no_interface_to_watch_is_a_warning(near, pin_dir):
 
 
 @pytest.mark.bpf
+def test_an_uplink_that_cannot_be_watched_is_named(near, pins):
+    ip(
+        f"-n {near.name} tuntap add tun0 mode tun",
+        f"-n {near.name} addr add 10.8.0.2/24 dev tun0",
+        f"-n {near.name} link set tun0 up",
+        f"-n {near.name} route add default dev tun0",
+    )
+    config = kernel.DatapathConfig(loader.current(pins) / "maps")
+    with attached(near, pins):
+        found = look(near, pins)
+        is_ok(found["interfaces"], "run first on 1 of 1: eth0")
+        words = (
+            "the default route is on tun0, which is not watched: tun0 (kind tun) has no Ethernet"
+        )
+        warns(found["uplink tun0"], words, "--exclude-interfaces tun0")
+        assert "uplink tun0" not in look(near, pins, "--exclude-interfaces", "tun*")
+        config.set_node_id(int.from_bytes(bytes((10, 8, 0, 2))))
+        try:
+            warns(look(near, pins)["uplink tun0"], "the node's address 10.8.0.2 is on tun0")
+        finally:
+            config.set_node_id(0)
+
+
+@pytest.mark.bpf
+def test_an_agent_without_pins_is_a_failure(near, pin_dir):
+    """`status` says the same."""
+    pin_dir.mkdir()
+    is_ok(look(near, pin_dir)["datapath"], "none is loaded")
+    descriptor = os.open(pin_dir, os.O_RDONLY | os.O_DIRECTORY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        words = f"an agent works with {pin_dir}, but no datapath is pinned there"
+        fails(look(near, pin_dir)["datapath"], words, "restart it")
+    finally:
+        os.close(descriptor)
+
+
+@pytest.mark.bpf
+def test_filters_whose_maps_are_pinned_nowhere_are_a_warning(near, pins, pin_dir):
+    """They go on without pins, and nothing reads what they count."""
+    with attached(near, pins, "clsact"):
+        found = look(near, pin_dir)
+        warns(found["interfaces"], "programs of ours", "run on eth0", "hostint-agent unload")
+    is_ok(look(near, pin_dir)["interfaces"], "1 to watch")
+
+
+@pytest.mark.bpf
 @pytest.mark.parametrize("mode", ["tcx", "clsact"])
 def test_a_datapath_that_is_attached_first_everywhere_is_ok(near, pins, mode):
     with attached(near, pins, mode):
@@ -54,7 +103,11 @@ def test_an_interface_without_our_programs_is_a_failure(near, pins):
         is_ok(found["interfaces"], "first on 1 of 2: eth0")
         for pin in (pins / "links").glob("tcx-*-egress"):
             pin.unlink()
-        fails(look(near, pins)["interface eth0"], "our program is not attached on egress")
+        # The kernel detaches what is unpinned a moment later, in a worker.
+        deadline = time.monotonic() + 5
+        while "interface eth0" not in (found := look(near, pins)):
+            assert time.monotonic() < deadline
+        fails(found["interface eth0"], "our program is not attached on egress")
 
 
 @pytest.mark.bpf
