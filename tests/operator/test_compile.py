@@ -4,6 +4,7 @@
 import ipaddress
 import random
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -19,9 +20,11 @@ def plan(
     watchlists: Iterable[desired_state.Watchlist],
     collectors: Iterable[desired_state.Collector] = (build.collector(),),
     nodes: Iterable[desired_state.Node] = (build.node("n1", "10.0.0.1"),),
+    **more: Any,
 ) -> compiler.Plan:
+    """Plan for these objects; `more` is the rest of what is known."""
     known = build.by_name(collectors)
-    state = desired_state.State(collectors=known)
+    state = desired_state.State(collectors=known, **more)
     resolutions = {name: endpoints.resolve(c, state) for name, c in known.items()}
     return compiler.plan(build.by_name(watchlists), known, build.by_name(nodes), resolutions)
 
@@ -62,6 +65,50 @@ def test_a_node_gets_the_watchlists_that_select_it_and_their_collectors_only() -
         ("192.0.2.9", 4000),
         ("2001:db8::9", 5000),
     ]
+
+
+def ignored(spec: NodeConfigSpec) -> list[str]:
+    return [f"{entry.address}:{entry.port}" for entry in spec.ignored]
+
+
+SERVICE = {"namespace": "ns", "name": "svc", "port": 4000}
+
+
+def test_ignored_names_collectors_that_no_watchlist_uses() -> None:
+    """Its reports may come from other nodes, or from before its watchlist was deleted."""
+    collectors = [build.collector(), build.collector("unused", address="192.0.2.10", port=5000)]
+    for watchlists in ([build.watchlist("w")], []):
+        spec = compiler.node_spec(plan(watchlists, collectors), N1)
+        assert ignored(spec) == ["192.0.2.10:5000", "192.0.2.9:4000"]
+
+
+def test_ignored_names_endpoints_that_are_not_ready() -> None:
+    """An endpoint that has just ceased to be ready still gets the reports of nodes that do not know it yet."""
+    piece = build.endpoint_slice("ns/svc", 4000, 5000, ["10.0.0.5"], ["10.0.0.6"])
+    decided = plan(
+        [build.watchlist("w")],
+        [build.collector(service=SERVICE)],
+        services={"ns/svc": build.service(4000)},
+        slices={"ns/a": piece},
+    )
+    spec = compiler.node_spec(decided, N1)
+    assert [str(c.address) for c in spec.collectors] == ["10.0.0.5"]
+    assert ignored(spec) == ["10.0.0.5:5000", "10.0.0.6:5000"]
+
+
+def test_ignored_keeps_ready_endpoints_where_not_all_fit() -> None:
+    """Addresses of those that are not ready sort first here: order alone would keep them."""
+    waiting = [f"10.0.{i // 250}.{i % 250 + 1}" for i in range(compiler.MAX_IGNORED)]
+    ready = [f"192.0.2.{i}" for i in range(1, 11)]
+    decided = plan(
+        [build.watchlist("w")],
+        [build.collector(service=SERVICE)],
+        services={"ns/svc": build.service(4000)},
+        slices={"ns/a": build.endpoint_slice("ns/svc", 4000, 5000, ready, waiting)},
+    )
+    told = ignored(compiler.node_spec(decided, N1))
+    assert len(told) == compiler.MAX_IGNORED
+    assert {f"{address}:5000" for address in ready} <= set(told)
 
 
 def test_settings_arrive_in_nanoseconds_and_numbers() -> None:
