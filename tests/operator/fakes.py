@@ -150,12 +150,18 @@ class Proxy:
         self._target = (host, port)
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
+        self._flowing = asyncio.Event()
+        self._flowing.set()
         self.port = 0
 
     async def start(self) -> None:
         """Listen on a free port."""
         self._server = await asyncio.start_server(self._connect, "127.0.0.1", self.port)
         self.port = self._server.sockets[0].getsockname()[1]
+
+    async def hang(self) -> None:
+        """Keep every connection and take new ones, but pass nothing on any more."""
+        self._flowing.clear()
 
     async def stop(self) -> None:
         """Close every connection and refuse new ones."""
@@ -173,21 +179,21 @@ class Proxy:
             there, back = await asyncio.open_connection(*self._target)
             try:
                 async with asyncio.TaskGroup() as group:
-                    group.create_task(_copy(reader, back))
-                    group.create_task(_copy(there, writer))
+                    group.create_task(self._copy(reader, back))
+                    group.create_task(self._copy(there, writer))
             finally:
                 back.close()
         finally:
             writer.close()
             self._tasks.discard(task)
 
-
-async def _copy(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
-    with contextlib.suppress(ConnectionError):
-        while data := await source.read(65536):
-            target.write(data)
-            await target.drain()
-    target.close()
+    async def _copy(self, source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            while data := await source.read(65536):
+                await self._flowing.wait()
+                target.write(data)
+                await target.drain()
+        target.close()
 
 
 class ProxyThread:
