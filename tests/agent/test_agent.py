@@ -244,8 +244,11 @@ def test_a_refused_configuration_leaves_the_old_rules_and_says_why(pin_dir, tmp_
 def test_no_configuration_any_more_means_no_rules(pin_dir, tmp_path):
     async def scenario(process: agent.Agent) -> None:
         await process.apply(agent.Wanted(spec(), 1))
+        before = value(process, "hostint_generation")
+        assert value(process, "hostint_rules") == 3
         assert await process.apply(agent.Wanted(None, 0))
-        assert process._program.rules == ()
+        assert value(process, "hostint_rules") == 0
+        assert value(process, "hostint_generation") == before + 1
         assert process.not_ready() is None
 
     with_agent(pin_dir, tmp_path, scenario)
@@ -306,13 +309,16 @@ def test_a_place_keeps_its_name_over_a_restart(pin_dir, tmp_path):
     assert places[0] == places[1]
 
 
-def test_a_watchlist_without_its_collector_is_not_said_to_work(pin_dir, tmp_path):
+def test_a_watchlist_without_its_collector_is_not_said_to_work(pin_dir, tmp_path, node):
     async def scenario(process: agent.Agent) -> None:
         await process.apply(agent.Wanted(spec(collectors=[COLLECTOR | {"name": "other"}]), 1))
-        state = process._watchlist_state(process._answered.spec.watchlists[0], None)
-        assert (state.ready, state.reason) == (False, "CollectorNotFound")
+        words = "collector 'default' is not among this node's collectors"
+        assert told(process) == (False, "CollectorNotFound", words)
+        await process.apply(agent.Wanted(spec(), 2))
+        assert told(process) == (True, "Programmed", "")
 
-    with_agent(pin_dir, tmp_path, scenario)
+    patterns = interfaces.Patterns(include=("eth0",))
+    node.inside(lambda: with_agent(pin_dir, tmp_path, scenario, patterns=patterns))
 
 
 def test_metrics_carry_the_name_of_the_watchlist(pin_dir, tmp_path):
