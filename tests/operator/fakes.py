@@ -24,7 +24,8 @@ class FakeApi:
         self.watches: list[str] = []  # the resource version each one asked for
         self.silent = False  # watches send nothing, as on a dead connection
         self.down = False
-        self.server = ""
+        self.retry_after_s = 0  # what it asks for while it is down
+        self.refused: list[float] = []  # when
         self._version = 100
         self._history: list[tuple[int, dict[str, Any]]] = []
         self._oldest = 0
@@ -76,7 +77,9 @@ class FakeApi:
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Serve a list or a watch."""
         if self.down:
-            raise web.HTTPServiceUnavailable(text='{"message": "down"}')
+            self.refused.append(asyncio.get_running_loop().time())
+            headers = {"Retry-After": str(self.retry_after_s)} if self.retry_after_s else {}
+            raise web.HTTPServiceUnavailable(text='{"message": "down"}', headers=headers)
         if request.query.get("watch") == "true":
             return await self._watch(request)
         self.lists += 1

@@ -119,7 +119,8 @@ def test_settings_arrive_in_nanoseconds_and_numbers() -> None:
         wanted.model_dump(by_alias=True, exclude_none=True) | {"report": report}
     )
     watchlist = desired_state.UserObject("w", "u", 4, 1, changed, "", {})
-    collectors = [build.collector(address="192.0.2.9", rateLimit={"reportsPerSecond": 100}, dscp=8)]
+    settings = {"rateLimit": {"reportsPerSecond": 100}, "dscp": 8, "snapLength": 96}
+    collectors = [build.collector(address="192.0.2.9", **settings)]
     spec = compiler.node_spec(plan([watchlist], collectors), N1)
     told = spec.model_dump(mode="json", by_alias=True)
     assert told["watchlists"] == [
@@ -140,7 +141,7 @@ def test_settings_arrive_in_nanoseconds_and_numbers() -> None:
             "address": "192.0.2.9",
             "port": 32766,
             "format": "TelemetryReportV05",
-            "snapLength": 128,
+            "snapLength": 96,
             "dscp": 8,
             "reportsPerSecond": 100,
         }
@@ -273,6 +274,24 @@ def test_two_rules_with_the_same_hash_get_different_ids() -> None:
     together = compiler.rule_ids([second, first])
     assert together[first] == alone
     assert together[second] not in (0, alone)
+
+
+def test_no_rule_has_the_id_that_means_no_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "_hash32", lambda text: len(text.split("/")) - 2)
+    assert compiler.rule_ids([("w", "a")]) == {("w", "a"): 1}
+
+
+def test_rule_ids_stay_when_another_watchlist_is_no_longer_accepted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two rules have the same hash, and the one that comes first loses its collector."""
+    monkeypatch.setattr(compiler, "_hash32", lambda text: 7 + text.count("/"))
+    later = build.watchlist("b")
+    ids = [
+        plan([build.watchlist("a", collector=name), later]).rule_ids["b", "all"]
+        for name in ("default", "missing")
+    ]
+    assert ids == [9, 9]
 
 
 names_ = st.text("abc", min_size=1, max_size=3)

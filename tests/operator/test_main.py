@@ -28,6 +28,24 @@ def test_options_win_over_the_environment_and_the_environment_over_defaults() ->
     assert program.parse(["--leader-election"], environment).leader_election is True
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "field", "expected"),
+    [
+        ("NAMESPACE", "n", "namespace", "n"),
+        ("LOG_LEVEL", "debug", "log_level", "debug"),
+        ("HTTP", "[::1]:1", "http_host", "::1"),
+        ("IDENTITY", "i", "identity", "i"),
+        ("LEADER_ELECTION", "false", "leader_election", False),
+        ("KUBECONFIG", "/k", "kubeconfig", pathlib.Path("/k")),
+    ],
+)
+def test_every_option_can_be_given_in_the_environment(
+    name: str, value: str, field: str, expected: object
+) -> None:
+    assert getattr(program.parse([], {}), field) != expected
+    assert getattr(program.parse([], {f"HOSTINT_{name}": value}), field) == expected
+
+
 @pytest.mark.parametrize("value", ["8080", "host:", "host:http", "host:70000", ":x"])
 def test_an_http_address_without_a_port_is_refused(
     value: str, capsys: pytest.CaptureFixture[str]
