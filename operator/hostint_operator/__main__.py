@@ -137,7 +137,10 @@ class Operator:
         self._kopf_ready = asyncio.Event()
         self.metrics = http.Metrics()
         self.state = desired_state.State()
-        self.reconciler = reconcile.Reconciler(api, self.state, self.metrics)
+        self.lease = lease.Lease(api, settings.namespace, LEASE, settings.identity)
+        self.reconciler = reconcile.Reconciler(
+            api, self.state, self.metrics, may_write=self._may_write
+        )
         self.resolver = resolver.Resolver(self.state.dns, self.reconciler.inputs_changed)
         self.observers = observe.Observers(
             api,
@@ -148,7 +151,6 @@ class Operator:
         )
         self.reconciler.attach(self.observers, self.resolver)
         self.intake = intake.Intake(self.state, self.reconciler.object_changed)
-        self.lease = lease.Lease(api, settings.namespace, LEASE, settings.identity)
         self.metrics.read_on_demand(self._gauges)
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -260,6 +262,9 @@ class Operator:
         await self.lease.hold()
         raise LeadershipLostError
 
+    def _may_write(self) -> bool:
+        return not self._settings.leader_election or self.lease.may_write()
+
     def _dead(self) -> list[str]:
         now = time.monotonic()
         problems = [
@@ -290,9 +295,8 @@ class Operator:
         queue = core.GaugeMetricFamily(f"{prefix}queue_depth", "Keys that wait or are worked on")
         queue.add_metric([], len(self.reconciler.queue))
         yield queue
-        leading = self.lease.leading.is_set() or not self._settings.leader_election
         leader = core.GaugeMetricFamily(f"{prefix}leader", "1 while this replica may write")
-        leader.add_metric([], float(leading))
+        leader.add_metric([], float(self._may_write()))
         yield leader
         objects = core.GaugeMetricFamily(
             f"{prefix}objects", "Objects known, by kind", labels=["kind"]

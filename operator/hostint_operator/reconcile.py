@@ -47,7 +47,10 @@ PLAN = Key("plan")
 
 
 class Reconciler:
-    """Works off what may have changed. Reads and compiles on every replica; `run` is for the leader only."""
+    """Works off what may have changed. Reads and compiles on every replica; `run` is for the leader only.
+
+    `may_write` is asked before every write: leadership can end between two of them.
+    """
 
     def __init__(
         self,
@@ -55,6 +58,7 @@ class Reconciler:
         state: desired_state.State,
         metrics: http.Metrics,
         *,
+        may_write: Callable[[], bool] = lambda: True,
         now: Callable[[], datetime.datetime] = lambda: datetime.datetime.now(datetime.UTC),
     ) -> None:
         self.queue: work_queue.WorkQueue[Key] = work_queue.WorkQueue()
@@ -62,6 +66,7 @@ class Reconciler:
         self._api = api
         self._state = state
         self._metrics = metrics
+        self._may_write = may_write
         self._now = now
         self._observers: observe.Observers | None = None
         self._resolver: resolver.Resolver | None = None
@@ -343,6 +348,8 @@ class Reconciler:
     async def _apply(
         self, kind: str, path: str, intent: dict[str, Any], manager: str
     ) -> dict[str, Any]:
+        if not self._may_write():
+            raise client.ApiError(0, "not written: this replica does not hold the lease")
         try:
             applied = await self._api.apply(path, intent, manager)
         except client.ApiError as error:

@@ -7,7 +7,7 @@ import ipaddress
 import json
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,7 @@ from hostint_agent import (
     loader,
     senders,
     settings,
+    tables,
     unload,
 )
 from hostint_agent.loader import default_bpf_dir
@@ -30,8 +31,11 @@ from tests.agent import node_shapes
 from tests.agent.test_node_rules import COLLECTOR, RULE, WATCHLIST, spec
 from tests.agent.test_succession import put, words
 from tests.lab import test_upgrade as upgrades
+from tests.lab.namespace import Namespace, ip
 
 pytestmark = pytest.mark.bpf
+# with these nothing of this machine is touched
+NO_INTERFACE = interfaces.Patterns((), ("*",))
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +48,18 @@ def pin_dir():
 
 # no interface: nothing of this machine is touched
 NO_INTERFACES = interfaces.Patterns((), ("*",))
+
+
+@pytest.fixture
+def node() -> Iterator[Namespace]:
+    """A network namespace with one interface, eth0."""
+    namespace = Namespace(f"hostint-ag-{os.getpid()}")
+    ip(f"netns add {namespace.name}")
+    try:
+        ip(f"-n {namespace.name} link add eth0 type ifb", f"-n {namespace.name} link set eth0 up")
+        yield namespace
+    finally:
+        ip(f"netns del {namespace.name}")
 
 
 def chosen(
@@ -217,6 +233,117 @@ def test_a_step_that_fails_is_told(pin_dir, tmp_path, monkeypatch, no_hooks):
     with_agent(pin_dir, tmp_path, scenario, patterns=ALL_INTERFACES)
 
 
+def told(process: agent.Agent) -> tuple[bool, str, str]:
+    """What the status says of the only watchlist."""
+    (state,) = process.status().watchlists
+    return state.ready, state.reason, state.message
+
+
+def value(process: agent.Agent, name: str) -> float:
+    """The only sample of a metric."""
+    (sample,) = next(m for m in process.metrics() if m.name == name).samples
+    return sample.value
+
+
+def no_interfaces() -> None:
+    raise OSError(errno.EPERM, "no netlink here")
+
+
+def no_room(*_: object) -> None:
+    raise OSError(errno.E2BIG, "no room in the chain")
+
+
+@pytest.mark.parametrize(
+    ("at", "name", "fault", "expected", "ready"),
+    [
+        (
+            attach.TcxHooks,
+            "ensure",
+            no_room,
+            ("AttachFailed", "interface eth0: [Errno 7] no room in the chain"),
+            None,
+        ),
+        (
+            interfaces,
+            "read_network",
+            no_interfaces,
+            ("InterfacesUnknown", "[Errno 1] no netlink here"),
+            "interfaces: [Errno 1] no netlink here",
+        ),
+    ],
+    ids=["attach failed", "interfaces unknown"],
+)
+def test_status_names_what_keeps_a_watchlist_from_ready(
+    pin_dir, tmp_path, node, monkeypatch, at, name, fault, expected, ready
+):
+    """Both from the start and where it worked before, and it is ready again as soon as the cause is gone."""
+
+    async def until(process: agent.Agent, expected: tuple[bool, str, str]) -> None:
+        async with asyncio.timeout(10):
+            while told(process) != expected:
+                await asyncio.sleep(0.02)
+
+    async def scenario(process: agent.Agent) -> None:
+        await process.apply(agent.Wanted(spec(), 1))
+        assert told(process) == (False, *expected)
+        assert process.status().watchlists_ready == "0/1"
+        assert process.not_ready() == ready
+        monkeypatch.undo()
+        await until(process, (True, "Programmed", ""))
+        assert process.status().watchlists_ready == "1/1"
+        assert value(process, "hostint_interfaces_attached") == 1
+        assert process.not_ready() is None
+        monkeypatch.setattr(at, name, fault)
+        ip(f"-n {node.name} link set eth0 mtu 1400")  # a reason to look at the interfaces
+        await until(process, (False, *expected))
+
+    monkeypatch.setattr(at, name, fault)
+    patterns = interfaces.Patterns(include=("eth0",))
+    node.inside(lambda: with_agent(pin_dir, tmp_path, scenario, patterns=patterns))
+
+
+def test_rules_go_live_after_their_destinations_are_known(pin_dir, tmp_path, monkeypatch):
+    """A report that is due as soon as rules are live has somewhere to go."""
+    order: list[tuple[list[str], bool]] = []
+    commit = tables.Tables.commit
+
+    async def scenario(process: agent.Agent) -> None:
+        def look_first(*arguments: object) -> int:
+            sending = process._exporter._thread is not None
+            order.append((sorted(process._exporter.health()), sending))
+            return commit(*arguments)
+
+        monkeypatch.setattr(tables.Tables, "commit", look_first)
+        await process.apply(agent.Wanted(spec(), 1))
+        both = [COLLECTOR, COLLECTOR | {"name": "second"}]
+        await process.apply(agent.Wanted(spec(collectors=both), 2))
+        assert order == [(["default"], True), (["default", "second"], True)]
+
+    with_agent(pin_dir, tmp_path, scenario)
+
+
+@pytest.mark.parametrize(
+    ("state", "name", "expected"), [("kept", "shop", 1000), ("lost", "another", 0)]
+)
+def test_counters_of_an_index_are_of_one_watchlist_only(pin_dir, tmp_path, state, name, expected):
+    """A node that has lost its last good configuration gives the index to another watchlist."""
+
+    async def older(process: agent.Agent) -> None:
+        await process.apply(agent.Wanted(spec(), 1))
+        index = process._program.watchlist_indexes.names["shop"]
+        maps = loader.current(pin_dir, default_bpf_dir()) / "maps"
+        put(maps, "watchlist_counters", index, words(watched=1000, reported=1000))
+        assert value(process, "hostint_watched") == 1000
+
+    async def newer(process: agent.Agent) -> None:
+        await process.apply(agent.Wanted(spec(watchlists=[WATCHLIST | {"name": name}]), 2))
+        assert value(process, "hostint_watched") == expected
+        assert value(process, "hostint_reported") == expected
+
+    with_agent(pin_dir, tmp_path / "kept", older)
+    with_agent(pin_dir, tmp_path / state, newer)
+
+
 def test_a_refused_configuration_leaves_the_old_rules_and_says_why(pin_dir, tmp_path):
     async def scenario(process: agent.Agent) -> None:
         await process.apply(agent.Wanted(spec(), 1))
@@ -235,8 +362,11 @@ def test_a_refused_configuration_leaves_the_old_rules_and_says_why(pin_dir, tmp_
 def test_no_configuration_any_more_means_no_rules(pin_dir, tmp_path):
     async def scenario(process: agent.Agent) -> None:
         await process.apply(agent.Wanted(spec(), 1))
+        before = value(process, "hostint_generation")
+        assert value(process, "hostint_rules") == 3
         assert await process.apply(agent.Wanted(None, 0))
-        assert process._program.rules == ()
+        assert value(process, "hostint_rules") == 0
+        assert value(process, "hostint_generation") == before + 1
         assert process.not_ready() is None
 
     with_agent(pin_dir, tmp_path, scenario)
@@ -315,13 +445,16 @@ def test_a_place_keeps_its_name_over_a_restart(pin_dir, tmp_path):
     assert places[0] == places[1]
 
 
-def test_a_watchlist_without_its_collector_is_not_said_to_work(pin_dir, tmp_path):
+def test_a_watchlist_without_its_collector_is_not_said_to_work(pin_dir, tmp_path, node):
     async def scenario(process: agent.Agent) -> None:
         await process.apply(agent.Wanted(spec(collectors=[COLLECTOR | {"name": "other"}]), 1))
-        state = process._watchlist_state(process._answered.spec.watchlists[0], None)
-        assert (state.ready, state.reason) == (False, "CollectorNotFound")
+        words = "collector 'default' is not among this node's collectors"
+        assert told(process) == (False, "CollectorNotFound", words)
+        await process.apply(agent.Wanted(spec(), 2))
+        assert told(process) == (True, "Programmed", "")
 
-    with_agent(pin_dir, tmp_path, scenario)
+    patterns = interfaces.Patterns(include=("eth0",))
+    node.inside(lambda: with_agent(pin_dir, tmp_path, scenario, patterns=patterns))
 
 
 def test_metrics_carry_the_name_of_the_watchlist(pin_dir, tmp_path):
@@ -395,10 +528,6 @@ def test_thread_that_has_ended_ends_the_process(pin_dir, tmp_path, monkeypatch, 
     with_agent(pin_dir, tmp_path, scenario)
 
 
-def no_interfaces() -> None:
-    raise OSError(errno.EPERM, "no netlink here")
-
-
 def no_detaching(*_: object) -> None:
     raise OSError(errno.EPERM, "no detaching here")
 
@@ -440,26 +569,18 @@ def test_an_upgrade_that_cannot_be_completed_is_said_so_and_completed_later(
         await process.apply(agent.Wanted(spec(), 1))
 
     async def newer(process: agent.Agent) -> None:
-        def told() -> tuple[str, str]:
-            (state,) = process.status().watchlists
-            return state.reason, state.message
-
-        def hold() -> float:
-            (metric,) = [m for m in process.metrics() if m.name == "hostint_hold"]
-            return metric.samples[0].value
-
         await process.apply(agent.Wanted(spec(), 2))
-        assert told() == (reason, message)
-        assert hold() == 1
+        assert told(process) == (False, reason, message)
+        assert value(process, "hostint_hold") == 1
         assert len(loader.builds(pin_dir)) == 2
         changed = asyncio.Event()
         process.on_status = changed.set
         monkeypatch.undo()
         async with asyncio.timeout(40):
-            while told()[0] != "NoInterfaces":
+            while told(process)[1] != "NoInterfaces":
                 await changed.wait()
                 changed.clear()
-        assert hold() == 0
+        assert value(process, "hostint_hold") == 0
         assert loader.builds(pin_dir) == [loader.current(pin_dir, second)]
 
     with_agent(pin_dir, tmp_path, older)

@@ -11,13 +11,14 @@ from unittest import mock
 
 import pytest
 
-from hostint_agent import attach, bpf_calls, clsact, interfaces, kernel, loader, netlink
+from hostint_agent import attach, bpf_calls, clsact, interfaces, kernel, loader, netlink, settings
 from tests.agent import node_shapes
 from tests.agent.cable import cable
 from tests.agent.test_interfaces import MALFORMED_ADDRESSES, MALFORMED_LINKS, OTHER_FAMILIES
 from tests.lab.namespace import Namespace, ip
 
 pytestmark = pytest.mark.bpf
+CGROUP_ROOT = Path(settings.DEFAULT_CGROUP_ROOT)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,12 @@ def near(ends) -> Namespace:
 def attacher(near, pins) -> Iterator[attach.Attacher]:
     def make() -> attach.Attacher:
         return attach.Attacher(
-            pins, loader.current(pins), patterns=interfaces.Patterns(), mode="tcx", on_change=print
+            pins,
+            loader.current(pins),
+            patterns=interfaces.Patterns(),
+            mode="tcx",
+            cgroup=CGROUP_ROOT,
+            on_change=print,
         )
 
     made = near.inside(make)
@@ -170,7 +176,12 @@ def test_a_device_that_goes_before_it_is_attached_is_no_failure(near, pins, mode
 
     def make() -> attach.Attacher:
         return attach.Attacher(
-            pins, loader.current(pins), patterns=interfaces.Patterns(), mode=mode, on_change=print
+            pins,
+            loader.current(pins),
+            patterns=interfaces.Patterns(),
+            mode=mode,
+            cgroup=CGROUP_ROOT,
+            on_change=print,
         )
 
     made = near.inside(make)

@@ -95,6 +95,9 @@ def test_names_keep_their_places_while_others_come_and_go():
     second = first.follow(["a", "b", "c", "d"], 1, 256)
     assert {name: second.names[name] for name in "bd"} == first.names
     assert len(set(second.names.values())) == 4
+    third = second.follow(["c", "d", "e"], 1, 256)
+    assert {name: third.names[name] for name in "cd"} == {n: second.names[n] for n in "cd"}
+    assert third.names["e"] not in second.names.values()
 
 
 def test_a_place_that_became_free_is_the_last_to_be_used_again():

@@ -164,6 +164,16 @@ ACCEPTED = {
             },
         },
     ),
+    "ipv6-to-any-address": (
+        "IntWatchlist",
+        watchlist(
+            {
+                "protocol": "TCP",
+                "source": _peer("fd00::/8"),
+                "destination": {"ports": [{"port": 80}]},
+            }
+        ),
+    ),
     "collector-by-name": ("IntCollector", {"address": "collector.example.net"}),
     "collector-by-ipv6": ("IntCollector", {"address": "2001:db8::1", "port": 1, "dscp": 63}),
     "collector-by-service": (

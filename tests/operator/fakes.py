@@ -24,7 +24,8 @@ class FakeApi:
         self.watches: list[str] = []  # the resource version each one asked for
         self.silent = False  # watches send nothing, as on a dead connection
         self.down = False
-        self.server = ""
+        self.retry_after_s = 0  # what it asks for while it is down
+        self.refused: list[float] = []  # when
         self._version = 100
         self._history: list[tuple[int, dict[str, Any]]] = []
         self._oldest = 0
@@ -76,7 +77,9 @@ class FakeApi:
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Serve a list or a watch."""
         if self.down:
-            raise web.HTTPServiceUnavailable(text='{"message": "down"}')
+            self.refused.append(asyncio.get_running_loop().time())
+            headers = {"Retry-After": str(self.retry_after_s)} if self.retry_after_s else {}
+            raise web.HTTPServiceUnavailable(text='{"message": "down"}', headers=headers)
         if request.query.get("watch") == "true":
             return await self._watch(request)
         self.lists += 1
@@ -150,12 +153,18 @@ class Proxy:
         self._target = (host, port)
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
+        self._flowing = asyncio.Event()
+        self._flowing.set()
         self.port = 0
 
     async def start(self) -> None:
         """Listen on a free port."""
         self._server = await asyncio.start_server(self._connect, "127.0.0.1", self.port)
         self.port = self._server.sockets[0].getsockname()[1]
+
+    async def hang(self) -> None:
+        """Keep every connection and take new ones, but pass nothing on any more."""
+        self._flowing.clear()
 
     async def stop(self) -> None:
         """Close every connection and refuse new ones."""
@@ -173,21 +182,21 @@ class Proxy:
             there, back = await asyncio.open_connection(*self._target)
             try:
                 async with asyncio.TaskGroup() as group:
-                    group.create_task(_copy(reader, back))
-                    group.create_task(_copy(there, writer))
+                    group.create_task(self._copy(reader, back))
+                    group.create_task(self._copy(there, writer))
             finally:
                 back.close()
         finally:
             writer.close()
             self._tasks.discard(task)
 
-
-async def _copy(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
-    with contextlib.suppress(ConnectionError):
-        while data := await source.read(65536):
-            target.write(data)
-            await target.drain()
-    target.close()
+    async def _copy(self, source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            while data := await source.read(65536):
+                await self._flowing.wait()
+                target.write(data)
+                await target.drain()
+        target.close()
 
 
 class ProxyThread:

@@ -4,6 +4,7 @@
 import ipaddress
 import random
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -19,9 +20,11 @@ def plan(
     watchlists: Iterable[desired_state.Watchlist],
     collectors: Iterable[desired_state.Collector] = (build.collector(),),
     nodes: Iterable[desired_state.Node] = (build.node("n1", "10.0.0.1"),),
+    **more: Any,
 ) -> compiler.Plan:
+    """Plan for these objects; `more` is the rest of what is known."""
     known = build.by_name(collectors)
-    state = desired_state.State(collectors=known)
+    state = desired_state.State(collectors=known, **more)
     resolutions = {name: endpoints.resolve(c, state) for name, c in known.items()}
     return compiler.plan(build.by_name(watchlists), known, build.by_name(nodes), resolutions)
 
@@ -64,6 +67,50 @@ def test_a_node_gets_the_watchlists_that_select_it_and_their_collectors_only() -
     ]
 
 
+def ignored(spec: NodeConfigSpec) -> list[str]:
+    return [f"{entry.address}:{entry.port}" for entry in spec.ignored]
+
+
+SERVICE = {"namespace": "ns", "name": "svc", "port": 4000}
+
+
+def test_ignored_names_collectors_that_no_watchlist_uses() -> None:
+    """Its reports may come from other nodes, or from before its watchlist was deleted."""
+    collectors = [build.collector(), build.collector("unused", address="192.0.2.10", port=5000)]
+    for watchlists in ([build.watchlist("w")], []):
+        spec = compiler.node_spec(plan(watchlists, collectors), N1)
+        assert ignored(spec) == ["192.0.2.10:5000", "192.0.2.9:4000"]
+
+
+def test_ignored_names_endpoints_that_are_not_ready() -> None:
+    """An endpoint that has just ceased to be ready still gets the reports of nodes that do not know it yet."""
+    piece = build.endpoint_slice("ns/svc", 4000, 5000, ["10.0.0.5"], ["10.0.0.6"])
+    decided = plan(
+        [build.watchlist("w")],
+        [build.collector(service=SERVICE)],
+        services={"ns/svc": build.service(4000)},
+        slices={"ns/a": piece},
+    )
+    spec = compiler.node_spec(decided, N1)
+    assert [str(c.address) for c in spec.collectors] == ["10.0.0.5"]
+    assert ignored(spec) == ["10.0.0.5:5000", "10.0.0.6:5000"]
+
+
+def test_ignored_keeps_ready_endpoints_where_not_all_fit() -> None:
+    """Addresses of those that are not ready sort first here: order alone would keep them."""
+    waiting = [f"10.0.{i // 250}.{i % 250 + 1}" for i in range(compiler.MAX_IGNORED)]
+    ready = [f"192.0.2.{i}" for i in range(1, 11)]
+    decided = plan(
+        [build.watchlist("w")],
+        [build.collector(service=SERVICE)],
+        services={"ns/svc": build.service(4000)},
+        slices={"ns/a": build.endpoint_slice("ns/svc", 4000, 5000, ready, waiting)},
+    )
+    told = ignored(compiler.node_spec(decided, N1))
+    assert len(told) == compiler.MAX_IGNORED
+    assert {f"{address}:5000" for address in ready} <= set(told)
+
+
 def test_settings_arrive_in_nanoseconds_and_numbers() -> None:
     wanted = build.watchlist("w").spec
     assert wanted is not None
@@ -72,7 +119,8 @@ def test_settings_arrive_in_nanoseconds_and_numbers() -> None:
         wanted.model_dump(by_alias=True, exclude_none=True) | {"report": report}
     )
     watchlist = desired_state.UserObject("w", "u", 4, 1, changed, "", {})
-    collectors = [build.collector(address="192.0.2.9", rateLimit={"reportsPerSecond": 100}, dscp=8)]
+    settings = {"rateLimit": {"reportsPerSecond": 100}, "dscp": 8, "snapLength": 96}
+    collectors = [build.collector(address="192.0.2.9", **settings)]
     spec = compiler.node_spec(plan([watchlist], collectors), N1)
     told = spec.model_dump(mode="json", by_alias=True)
     assert told["watchlists"] == [
@@ -93,7 +141,7 @@ def test_settings_arrive_in_nanoseconds_and_numbers() -> None:
             "address": "192.0.2.9",
             "port": 32766,
             "format": "TelemetryReportV05",
-            "snapLength": 128,
+            "snapLength": 96,
             "dscp": 8,
             "reportsPerSecond": 100,
         }
@@ -226,6 +274,24 @@ def test_two_rules_with_the_same_hash_get_different_ids() -> None:
     together = compiler.rule_ids([second, first])
     assert together[first] == alone
     assert together[second] not in (0, alone)
+
+
+def test_no_rule_has_the_id_that_means_no_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "_hash32", lambda text: len(text.split("/")) - 2)
+    assert compiler.rule_ids([("w", "a")]) == {("w", "a"): 1}
+
+
+def test_rule_ids_stay_when_another_watchlist_is_no_longer_accepted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two rules have the same hash, and the one that comes first loses its collector."""
+    monkeypatch.setattr(compiler, "_hash32", lambda text: 7 + text.count("/"))
+    later = build.watchlist("b")
+    ids = [
+        plan([build.watchlist("a", collector=name), later]).rule_ids["b", "all"]
+        for name in ("default", "missing")
+    ]
+    assert ids == [9, 9]
 
 
 names_ = st.text("abc", min_size=1, max_size=3)

@@ -4,6 +4,7 @@
 import asyncio
 
 import aiohttp
+import pytest
 from prometheus_client import core
 
 from hostint_operator import http
@@ -17,18 +18,17 @@ async def fetch(port: int, path: str) -> tuple[int, str]:
         return answer.status, await answer.text()
 
 
-def test_probes_fail_with_words_for_everything_that_is_wrong() -> None:
+@pytest.mark.parametrize(("path", "other"), [("/readyz", "/healthz"), ("/healthz", "/readyz")])
+def test_probes_fail_with_words_for_everything_that_is_wrong(path: str, other: str) -> None:
     async def work() -> None:
-        wrong: list[str] = []
-        health = http.Health(dead=list, not_ready=lambda: wrong)
+        wrong: dict[str, list[str]] = {"/readyz": [], "/healthz": []}
+        health = http.Health(dead=lambda: wrong["/healthz"], not_ready=lambda: wrong["/readyz"])
         async with http.serve("127.0.0.1", 0, health, http.Metrics()) as port:
-            assert await fetch(port, "/readyz") == (200, "ok\n")
-            wrong += ["nodes not listed yet", "pods not listed yet"]
-            assert await fetch(port, "/readyz") == (
-                503,
-                "nodes not listed yet\npods not listed yet\n",
-            )
-            assert await fetch(port, "/healthz") == (200, "ok\n")
+            assert await fetch(port, path) == (200, "ok\n")
+            wrong[path] += ["nodes not listed yet", "pods not listed yet"]
+            words = "nodes not listed yet\npods not listed yet\n"
+            assert await fetch(port, path) == (503, words)
+            assert await fetch(port, other) == (200, "ok\n")
 
     asyncio.run(work())
 

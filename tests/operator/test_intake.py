@@ -56,6 +56,16 @@ def test_a_change_of_status_alone_is_told_as_such() -> None:
     assert f.state.watchlists["w"].generation == 2
 
 
+def test_an_object_made_again_is_a_change() -> None:
+    """Its generation is the same, and no event told of the deletion."""
+    f = Fixture()
+    f.intake.put("watchlist", body(5, uid="u1"))
+    f.intake.put("watchlist", body(9, uid="u2"))
+    sweep(f, Lists(12, body(11, uid="u3")))
+    assert f.changes == [("watchlist", "w", True)] * 3
+    assert f.state.watchlists["w"].uid == "u3"
+
+
 def test_an_invalid_object_is_kept_with_its_problem_in_words() -> None:
     f = Fixture()
     wrong = body(5) | {

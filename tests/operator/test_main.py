@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line."""
+"""The command line, and that only the holder of the lease writes."""
 
+import asyncio
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
 from hostint_operator import __main__ as program
+from hostint_operator.kube import client
 
 
 def test_options_win_over_the_environment_and_the_environment_over_defaults() -> None:
@@ -23,6 +26,24 @@ def test_options_win_over_the_environment_and_the_environment_over_defaults() ->
     assert read.kubeconfig == pathlib.Path("/k")
     assert program.parse([], {}).namespace == "hostint-system"
     assert program.parse(["--leader-election"], environment).leader_election is True
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "field", "expected"),
+    [
+        ("NAMESPACE", "n", "namespace", "n"),
+        ("LOG_LEVEL", "debug", "log_level", "debug"),
+        ("HTTP", "[::1]:1", "http_host", "::1"),
+        ("IDENTITY", "i", "identity", "i"),
+        ("LEADER_ELECTION", "false", "leader_election", False),
+        ("KUBECONFIG", "/k", "kubeconfig", pathlib.Path("/k")),
+    ],
+)
+def test_every_option_can_be_given_in_the_environment(
+    name: str, value: str, field: str, expected: object
+) -> None:
+    assert getattr(program.parse([], {}), field) != expected
+    assert getattr(program.parse([], {f"HOSTINT_{name}": value}), field) == expected
 
 
 @pytest.mark.parametrize("value", ["8080", "host:", "host:http", "host:70000", ":x"])
@@ -57,3 +78,36 @@ def test_without_a_way_to_the_api_server_it_says_so_and_exits_with_2(
     assert ran.returncode == 2
     assert f"kubeconfig '{missing}'" in ran.stderr
     assert "Traceback" not in ran.stderr
+
+
+class Applied:
+    """An API that takes every apply."""
+
+    async def apply(self, path: str, intent: dict[str, Any], manager: str) -> dict[str, Any]:
+        return intent
+
+
+@pytest.mark.parametrize(
+    ("option", "leads", "writes"),
+    [
+        ("--leader-election", False, False),
+        ("--leader-election", True, True),
+        ("--no-leader-election", False, True),
+    ],
+)
+def test_only_the_holder_of_the_lease_writes(
+    monkeypatch: pytest.MonkeyPatch, option: str, leads: bool, writes: bool
+) -> None:
+    async def work() -> None:
+        operator = program.Operator(Applied(), program.parse([option], {}))  # type: ignore[arg-type]
+        monkeypatch.setattr(operator.lease, "may_write", lambda: leads)
+        apply = operator.reconciler._apply("node_config", "/path", {"a": 1}, "manager")
+        leader = [m for m in operator._gauges() if m.name == "hostint_operator_leader"]
+        assert [s.value for m in leader for s in m.samples] == [float(writes)]
+        if writes:
+            assert await apply == {"a": 1}
+            return
+        with pytest.raises(client.ApiError, match="does not hold the lease"):
+            await apply
+
+    asyncio.run(work())

@@ -243,9 +243,7 @@ def test_nothing_of_the_users_objects_is_touched_but_their_status(world: Cluster
     assert managers == {(names.OPERATOR_MANAGER, ""), (names.AGENT_MANAGER, "status")}
 
 
-def test_a_leader_whose_lease_was_taken_exits_and_writes_no_more(
-    world: Cluster, operator: Operator
-) -> None:
+def test_a_leader_whose_lease_was_taken_exits(world: Cluster, operator: Operator) -> None:
     def hold(identity: str) -> None:
         patch = json.dumps({"spec": {"holderIdentity": identity}})
         world.kubectl("patch", "lease", "hostint-operator", "-n", world.namespace, "-p", patch)

@@ -46,7 +46,13 @@ class Fixture:
     def __init__(self) -> None:
         self.api = MemoryApi()
         self.state = desired_state.State()
-        self.reconciler = reconcile.Reconciler(self.api, self.state, http.Metrics())  # type: ignore[arg-type]
+        self.leads = True
+        self.reconciler = reconcile.Reconciler(
+            self.api,  # type: ignore[arg-type]
+            self.state,
+            http.Metrics(),
+            may_write=lambda: self.leads,
+        )
 
     def expected(self) -> dict[str, dict[str, Any]]:
         state = self.state
@@ -159,6 +165,26 @@ def test_a_write_that_fails_is_repeated() -> None:
         async with running() as fixture:
             fixture.api.failures = 3
             cluster(fixture)
+            await fixture.settled()
+
+    asyncio.run(work())
+
+
+def test_nothing_is_written_without_the_lease() -> None:
+    """It can be lost between two writes, and what was not written is written once it is held again."""
+
+    async def work() -> None:
+        async with running() as fixture:
+            cluster(fixture)
+            await fixture.settled()
+            await until(lambda: len(fixture.api.writes) >= 4)  # both configs, both statuses
+            fixture.leads = False
+            before = list(fixture.api.writes)
+            fixture.state.watchlists["w"] = build.watchlist("w", generation=2)
+            fixture.reconciler.inputs_changed()
+            await asyncio.sleep(0.7)  # longer than any write waits
+            assert fixture.api.writes == before
+            fixture.leads = True
             await fixture.settled()
 
     asyncio.run(work())

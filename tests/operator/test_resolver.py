@@ -5,6 +5,8 @@ import asyncio
 import ipaddress
 from collections.abc import Callable
 
+import pytest
+
 from hostint_operator import desired_state, resolver
 
 GOOD = (ipaddress.ip_address("192.0.2.1"),)
@@ -17,9 +19,12 @@ class Names:
     def __init__(self) -> None:
         self.answer: tuple[desired_state.Address, ...] | None = GOOD
         self.asked = 0
+        self.hangs = False
 
     async def look_up(self, name: str) -> tuple[desired_state.Address, ...]:
         self.asked += 1
+        if self.hangs:
+            await asyncio.sleep(3600)
         if self.answer is None:
             raise OSError("no such name")
         return self.answer
@@ -63,6 +68,45 @@ def test_the_last_good_answer_stays_while_lookups_fail_and_a_new_one_replaces_it
         await until(lambda: answers["c.example"] == desired_state.DnsAnswer(OTHER, 0, ""))
         follower.follow([])
         assert answers == {}
+
+    asyncio.run(work())
+
+
+def test_lookup_that_hangs_is_a_failure_and_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resolver, "LOOKUP_TIMEOUT_S", 0.05)
+
+    async def work() -> None:
+        names = Names()
+        follower, answers = make(names, [])
+        follower.follow(["c.example"])
+        await follower.first_answers()
+        names.hangs = True
+        await until(lambda: answers["c.example"].failures >= 2)
+        assert answers["c.example"].addresses == GOOD
+        assert answers["c.example"].error == "no answer within 0 s"
+        names.hangs = False
+        await until(lambda: answers["c.example"] == desired_state.DnsAnswer(GOOD, 0, ""))
+        follower.follow([])
+
+    asyncio.run(work())
+
+
+def test_a_name_without_an_address_is_asked_for_sooner() -> None:
+    async def work() -> None:
+        names = Names()
+        names.answer = None
+        answers: dict[str, desired_state.DnsAnswer] = {}
+        follower = resolver.Resolver(
+            answers, lambda: None, lookup=names.look_up, refresh_s=3600, retry_s=0.01
+        )
+        follower.follow(["c.example"])
+        await until(lambda: names.asked >= 3)
+        names.answer = GOOD
+        await until(lambda: answers["c.example"].addresses == GOOD)
+        asked = names.asked
+        await asyncio.sleep(0.1)
+        assert names.asked == asked
+        follower.follow([])
 
     asyncio.run(work())
 

@@ -60,6 +60,23 @@ def test_the_readme_names_only_make_targets_that_exist():
     assert {"demo", "test", "try"} <= named <= targets
 
 
+def test_every_measured_figure_names_the_test_behind_it():
+    """A figure that nobody measures again is a memory."""
+    text = (ROOT / "README.md").read_text()
+    table = re.search(r"## Measured\n.*?\n(\|.*?)\n\n", text, re.DOTALL)
+    assert table
+    header, _, *rows = (line.strip("| ").split(" | ") for line in table[1].splitlines())
+    assert header == ["what", "figure", "by"]
+    assert len(rows) > 10
+    for row in rows:
+        name = re.fullmatch(r"`(tests/.+\.py)`", row[-1])
+        assert name, row
+        assert name[1] in PYTHON
+        # A bench is run by its name, a test by pytest.
+        text = (ROOT / name[1]).read_text()
+        assert "\ndef test_" in text or "\ndef run(quick" in text, row
+
+
 def test_ci_runs_the_readmes_test_command():
     assert "exec make test" in (ROOT / ".ci" / "run").read_text()
 

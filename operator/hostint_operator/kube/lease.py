@@ -20,7 +20,9 @@ RELEASE_TIMEOUT_S = 2.0
 class Lease:
     """One candidate for the lease `name`.
 
-    `leading` is set while this candidate may write. Another holder's lease is timed by our own clock, from when we saw it change.
+    `leading` is set while this candidate leads; `may_write` also looks at the clock. Leadership ends `renew_s` before
+    the lease can expire for the others, so that a write which began in time has ended by then.
+    Another holder's lease is timed by our own clock, from when we saw it change.
     """
 
     def __init__(
@@ -43,6 +45,11 @@ class Lease:
         self._collection = f"/apis/coordination.k8s.io/v1/namespaces/{namespace}/leases"
         self._seen: tuple[str, str] | None = None
         self._seen_at = 0.0
+        self._deadline = 0.0
+
+    def may_write(self) -> bool:
+        """Whether a write that begins now ends before another candidate can lead."""
+        return self.leading.is_set() and asyncio.get_running_loop().time() < self._deadline
 
     async def hold(self) -> None:
         """Become leader and stay it; return only when leadership is lost; release the lease when cancelled."""
@@ -56,12 +63,11 @@ class Lease:
 
     async def _hold(self) -> None:
         loop = asyncio.get_running_loop()
-        renewed_at = 0.0
         failing = False
         while True:
             started_at = loop.time()
             try:
-                async with asyncio.timeout(self._renew_s):
+                async with asyncio.timeout_at(self._end_of(started_at + self._renew_s)):
                     held = await self._claim(self._identity)
             except (client.ApiError, TimeoutError) as error:
                 if not failing:
@@ -69,21 +75,29 @@ class Lease:
                 failing = True
             else:
                 failing = False
-                if held and not self.leading.is_set():
-                    log.info("leading", lease=self._name, identity=self._identity)
-                    self.leading.set()
-                elif not held and self.leading.is_set():
-                    log.error("leadership taken by another replica", lease=self._name)
+                if not self._claimed(held, started_at):
                     return
-                renewed_at = started_at if held else renewed_at
-            # Nobody can have taken the lease yet: we stop well before it expires for the others.
-            if (
-                self.leading.is_set()
-                and loop.time() - renewed_at > self._duration_s - self._renew_s
-            ):
+            pause_s = self._renew_s * random.uniform(0.3, 0.5)  # noqa: S311
+            await asyncio.sleep(max(self._end_of(loop.time() + pause_s) - loop.time(), 0))
+            if self.leading.is_set() and not self.may_write():
                 log.error("leadership lost, the lease could not be renewed", lease=self._name)
                 return
-            await asyncio.sleep(self._renew_s * random.uniform(0.3, 0.5))  # noqa: S311
+
+    def _end_of(self, when: float) -> float:
+        """Return when to stop waiting for something: a leader never waits beyond its deadline."""
+        return min(when, self._deadline) if self.leading.is_set() else when
+
+    def _claimed(self, held: bool, started_at: float) -> bool:
+        """Take note of the answer to a claim; False if leadership is lost."""
+        if held:
+            self._deadline = started_at + self._duration_s - self._renew_s
+            if not self.leading.is_set():
+                log.info("leading", lease=self._name, identity=self._identity)
+                self.leading.set()
+        elif self.leading.is_set():
+            log.error("leadership taken by another replica", lease=self._name)
+            return False
+        return True
 
     async def _release(self) -> None:
         try:

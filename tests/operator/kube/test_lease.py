@@ -80,9 +80,12 @@ def test_a_lease_that_nobody_renews_is_taken_after_its_duration_and_not_before(
     run(work())
 
 
-def test_a_leader_without_the_api_server_stops_before_its_lease_expires(
-    api_server, name, tmp_path: pathlib.Path
+@pytest.mark.parametrize("fault", ["stop", "hang"])
+def test_leader_without_answers_stops_before_its_lease_expires(
+    api_server, name, tmp_path: pathlib.Path, fault: str
 ) -> None:
+    """Connections are refused, or requests are never answered."""
+
     async def work() -> None:
         config = yaml.safe_load(api_server.kubeconfig.read_text())
         target = urllib.parse.urlparse(config["clusters"][0]["cluster"]["server"])
@@ -97,9 +100,13 @@ def test_a_leader_without_the_api_server_stops_before_its_lease_expires(
             holding = asyncio.create_task(leader.hold())
             await leader.leading.wait()
             lost = loop.time()
-            await proxy.stop()
-            await holding  # returns: leadership is lost
-            assert not leader.leading.is_set()
-            assert loop.time() - lost < 3.0 + lease.RELEASE_TIMEOUT_S
+            await getattr(proxy, fault)()
+            while leader.leading.is_set():
+                await asyncio.sleep(0.01)
+            assert loop.time() - lost < 3.0  # the lease was renewed before `lost`
+            assert not leader.may_write()
+            async with asyncio.timeout(lease.RELEASE_TIMEOUT_S + 1):
+                await holding
+        await proxy.stop()
 
     run(work())

@@ -2,6 +2,7 @@
 """The reflector equals the collection, whatever happens to its watch."""
 
 import asyncio
+import itertools
 import pathlib
 from collections.abc import Awaitable, Callable
 
@@ -174,15 +175,38 @@ def test_a_line_that_is_no_event_leads_to_a_new_list(tmp_path: pathlib.Path) -> 
     run(test, tmp_path)
 
 
-def test_a_server_that_is_down_is_retried_with_growing_pauses(tmp_path: pathlib.Path) -> None:
+def test_a_server_that_is_down_is_retried_with_growing_pauses(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And begins with the short ones again where it was up between."""
+    monkeypatch.setattr(reflector.random, "uniform", lambda low, high: 1.0)
+
     async def test(fake: fakes.FakeApi, things: Things, changes: list) -> None:
+        async def pauses() -> list[float]:
+            fake.refused.clear()
+            fake.down = True
+            fake.drop()
+            await until(lambda: len(fake.refused) == 5)
+            fake.down = False
+            return [after - before for before, after in itertools.pairwise(fake.refused)]
+
+        for _ in range(2):
+            first, *_, last = taken = await pauses()
+            assert first < 0.19, taken
+            assert last > 0.39, taken
+            fake.put("a", colour=f"red{len(changes)}")
+            await until(lambda: things.store.get("a") == fake.objects["a"]["colour"])
+        assert not changes[0][1]
+
+    run(test, tmp_path)
+
+
+def test_a_server_that_asks_for_time_is_given_it(tmp_path: pathlib.Path) -> None:
+    async def test(fake: fakes.FakeApi, things: Things, changes: list) -> None:
+        fake.retry_after_s = 1
         fake.down = True
-        await until(lambda: things.relists >= 4)
-        assert not things.synced.is_set()
-        fake.down = False
-        fake.put("a", colour="red")
-        await until(lambda: "a" in things.store)
-        assert things.relists < 12
+        await until(lambda: len(fake.refused) == 2)
+        assert fake.refused[1] - fake.refused[0] > 0.5  # half of it, by chance
 
     run(test, tmp_path)
 
