@@ -24,6 +24,7 @@ from hostint_agent import (
     loader,
     metrics,
     node_rules,
+    own_sockets,
     senders,
     settings,
     succession,
@@ -88,7 +89,8 @@ class Agent:
         maps = directory / "maps"
         self._tables = tables.Tables(maps)
         self._counters = counters.Counters(maps)
-        self._exporter = exporter.Exporter(maps)
+        sockets = senders.SendingSockets(own_sockets.OwnSockets(maps).replace)
+        self._exporter = exporter.Exporter(maps, sockets=sockets)
         self._config = kernel.DatapathConfig(maps)
         self._attacher = attach.Attacher(
             chosen.pin_dir,
