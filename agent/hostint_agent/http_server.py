@@ -27,6 +27,8 @@ DEADLINE_S = 10.0
 # of one request, and of all answers that a listener's clients have not read yet
 _MAX_REQUEST_BYTES = 8 << 10
 _MAX_UNREAD_BYTES = 8 << 20
+# of one client, after its request
+_MAX_SURPLUS_BYTES = 1 << 20
 # The kernel's share of what one connection takes.
 _BUFFER_BYTES = 64 << 10
 # A connection that finds no room in the queue is tried again by its client a second later.
@@ -166,6 +168,8 @@ class _Connection:
     # what the client has not taken yet of its answer
     unread: memoryview = field(default_factory=lambda: memoryview(b""))
     answered: bool = False
+    # what came after the request
+    surplus_bytes: int = 0
 
 
 class _Listener:
@@ -359,6 +363,9 @@ class Server:
         # What comes after a request is read and left alone: closing with unread bytes resets the
         # connection, and the client may lose its answer.
         if connection.answered:
+            connection.surplus_bytes += len(data)
+            if connection.surplus_bytes > _MAX_SURPLUS_BYTES:
+                self._close(connection)
             return
         connection.received += data
         if answer := self._answer(connection):
