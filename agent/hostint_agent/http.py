@@ -66,8 +66,8 @@ def serve(
     """Serve, in a thread, until left; yields whether it still does.
 
     `listen` is where all pages are, `health` where /healthz and /readyz are alone; None: nowhere.
-    `not_alive` and `not_ready` return why not, or None. `allow` lists who may read the rest, besides
-    processes of this host.
+    `not_alive` and `not_ready` return why not, or None. `allow` lists who may read the
+    rest, besides processes of this host.
     """
     registry = prometheus_client.CollectorRegistry()
     registry.register(Collector(metrics))

@@ -4,8 +4,8 @@
 With the host's network every pod reaches the agent's ports, and may open a thousand connections
 that say nothing, a byte a second, or never read the answer. http.server takes a thread for each and
 limits the time per byte; asyncio and aiohttp limit neither connections nor the time of a request.
-Here one thread serves each listener at most MAX_CONNECTIONS connections, each for one answer and for
-DEADLINE_S in all. When one more comes, the client that has the most loses its oldest.
+Here one thread serves each listener at most MAX_CONNECTIONS connections, each for one answer and
+for DEADLINE_S in all. When one more comes, the client that has the most loses its oldest.
 
 A listener that cannot be opened is logged and tried again: a port that another program has must
 cost nothing but the pages on it.
@@ -27,6 +27,8 @@ DEADLINE_S = 10.0
 # of one request, and of all answers that a listener's clients have not read yet
 _MAX_REQUEST_BYTES = 8 << 10
 _MAX_UNREAD_BYTES = 8 << 20
+# of one client, after its request
+_MAX_SURPLUS_BYTES = 1 << 20
 # The kernel's share of what one connection takes.
 _BUFFER_BYTES = 64 << 10
 # A connection that finds no room in the queue is tried again by its client a second later.
@@ -166,6 +168,8 @@ class _Connection:
     # what the client has not taken yet of its answer
     unread: memoryview = field(default_factory=lambda: memoryview(b""))
     answered: bool = False
+    # what came after the request
+    surplus_bytes: int = 0
 
 
 class _Listener:
@@ -181,8 +185,8 @@ class _Listener:
         self._delay_s = _FIRST_RETRY_S
         self._failing = False
 
-    def open(self, now: float) -> bool:
-        """Try to listen; return whether it does."""
+    def open(self, now: float) -> None:
+        """Try to listen."""
         where = self.site.listen
         try:
             opened = bind(*where)
@@ -195,13 +199,12 @@ class _Listener:
                 raise
         except OSError as error:
             self._failed(error, now)
-            return False
+            return
         opened.setblocking(False)
         self.socket = opened
         if self._failing:
             log.info("http port served again", pages=self.site.name, address=shown(where))
         self._failing, self._delay_s = False, _FIRST_RETRY_S
-        return True
 
     def _failed(self, error: OSError, now: float) -> None:
         if not self._failing:
@@ -293,8 +296,10 @@ class Server:
                 self._open(listener)
 
     def _open(self, listener: _Listener) -> None:
-        if listener.socket or listener.open(self._clock()):
-            self._selector.register(listener.socket, selectors.EVENT_READ, listener)  # type: ignore[arg-type]
+        if listener.socket is None:
+            listener.open(self._clock())
+        if listener.socket:
+            self._selector.register(listener.socket, selectors.EVENT_READ, listener)
 
     def _accept(self, listener: _Listener) -> None:
         assert listener.socket  # noqa: S101 (else it had no event)
@@ -359,6 +364,9 @@ class Server:
         # What comes after a request is read and left alone: closing with unread bytes resets the
         # connection, and the client may lose its answer.
         if connection.answered:
+            connection.surplus_bytes += len(data)
+            if connection.surplus_bytes > _MAX_SURPLUS_BYTES:
+                self._close(connection)
             return
         connection.received += data
         if answer := self._answer(connection):

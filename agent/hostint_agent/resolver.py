@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Addresses of collectors that are given by name: looked up again and again, and kept while DNS is away."""
+"""Look up collectors that are given by name, again and again; keep what is known without DNS."""
 
 import asyncio
 import contextlib
@@ -42,7 +42,7 @@ class Resolver:
         self._delay_s: dict[str, float] = {}
 
     async def refresh(self, names: Iterable[str]) -> bool:
-        """Look up those names that are due, and return whether an address is a different one now."""
+        """Look up those names that are due; return whether an address is a different one now."""
         now = self._clock()
         due = [name for name in names if self._due.get(name, now) <= now]
         return any(await asyncio.gather(*map(self._refresh_one, due)))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Send reports of one length to one collector by UDP, in batches (UDP_SEGMENT), and say how it goes.
+"""Send reports of one length to one collector by UDP, in batches (UDP_SEGMENT).
 
 The socket is not connected: a connected one keeps the source address and the translation of a
-cgroup program (a Service of Cilium) that it began with, and fails once these are gone, or sends from
-an address that is gone (IPv6). Without connect(2) the kernel chooses both for every system call,
+cgroup program (a Service of Cilium) that it began with, and fails once these are gone, or sends
+from an address that is gone (IPv6). Without connect(2) the kernel chooses both for every system call,
 which is one for 64 or 128 reports, and IP_RECVERR returns ICMP errors all the same.
 """
 
@@ -329,7 +329,7 @@ class Sender:
                 self._socket.recvmsg(0, 0, socket.MSG_ERRQUEUE | socket.MSG_DONTWAIT)
 
     def recheck(self) -> None:
-        """Send an empty datagram if the collector is unreachable and no report has gone for a while.
+        """Send an empty datagram to an unreachable collector that got no report lately.
 
         Without it an error would stand until there is a report, though the collector is back.
         """

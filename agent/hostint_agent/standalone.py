@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Configuration from files instead of the API server: the same objects, read again when a file changes.
+"""Configuration from files instead of the API server, read again when a file changes.
 
 Collectors may be given by name. One whose name has no address yet is left out: its watchlists are
 not programmed until there is one.

@@ -217,6 +217,16 @@ def test_what_is_not_read_is_bounded(monkeypatch, many_files):
         assert unread() <= http_server._MAX_UNREAD_BYTES
 
 
+def test_client_that_sends_without_end_is_cut_off():
+    with one_site() as address, socket.create_connection(address, 5) as opened:
+        opened.sendall(b"GET /ok HTTP/1.1\r\n\r\n")
+        sent = 0
+        with pytest.raises(ConnectionError):
+            while sent < 64 << 20:
+                sent += opened.send(bytes(1 << 16))
+        assert sent < 8 << 20
+
+
 def test_idle_server_does_not_wake_up():
     wake = os.eventfd(0)
     server = Server([Site("pages", ("127.0.0.1", free_port()), PAGES)], wake)
