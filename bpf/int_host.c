@@ -146,14 +146,11 @@ static __always_inline bool is_departing(struct slot *slot, __u64 owner, bool pa
  * Whether a packet whose slot says that it has left already passes one more of our hooks. A packet that the host sends
  * may be like one before it in every byte, and have its address: it leaves by the same interface.
  */
-static __always_inline bool has_left(const struct __sk_buff *skb, const struct slot *slot, __u64 owner,
-				     const struct scratch *scratch)
+static __always_inline bool has_left(__u32 ifindex, const struct slot *slot, __u64 owner, const struct scratch *scratch)
 {
-	if (skb->ingress_ifindex)
-		return true;
 	if (owner_state(owner) == SLOT_DELIVERED || !is_same_tuple(&scratch->key, &slot->key))
 		return false;
-	return owner_state(owner) == SLOT_EGRESSED || slot->ifindex != skb->ifindex;
+	return owner_state(owner) == SLOT_EGRESSED || slot->ifindex != ifindex;
 }
 
 int egress(struct __sk_buff *skb)
@@ -164,10 +161,15 @@ int egress(struct __sk_buff *skb)
 	struct observation seen = {};
 	struct slot *slot;
 	__u64 address, owner;
+	__u32 ifindex, ingress_ifindex;
 	bool parsed;
 
 	if (unlikely(!config || !config->enabled || !scratch))
 		return TC_ACT_UNSPEC;
+	/* once: newer LLVM would keep a pointer to a field, and the verifier forbids such pointers into the context */
+	ifindex = skb->ifindex;
+	ingress_ifindex = skb->ingress_ifindex;
+	asm volatile("" : "+r"(ifindex), "+r"(ingress_ifindex));
 	address = packet_address(skb, scratch);
 	slot = find_slot(address);
 	if (!slot)
@@ -175,7 +177,7 @@ int egress(struct __sk_buff *skb)
 	owner = READ_ONCE(slot->owner);
 	/* no slot: either not watched at ingress, or sent by the host itself */
 	if (!is_owner(owner, address)) {
-		if (skb->ingress_ifindex)
+		if (ingress_ifindex)
 			return TC_ACT_UNSPEC;
 		owner = 0;
 	}
@@ -186,15 +188,15 @@ int egress(struct __sk_buff *skb)
 	if (likely(owner && is_departing(slot, owner, parsed, scratch))) {
 		if (likely(owner_state(owner) == SLOT_PENDING))
 			leaving.owner = owner;
-		else if (has_left(skb, slot, owner, scratch))
+		else if (ingress_ifindex || has_left(ifindex, slot, owner, scratch))
 			return TC_ACT_UNSPEC;
-	} else if (skb->ingress_ifindex || !parsed) {
+	} else if (ingress_ifindex || !parsed) {
 		return TC_ACT_UNSPEC;
 	}
 	judge_departure(scratch, slot, parsed, &leaving);
 	seen.key = leaving.translated ? &scratch->arrived : &scratch->key;
 	seen.translated = leaving.translated;
-	seen.egress_ifindex = skb->ifindex;
+	seen.egress_ifindex = ifindex;
 	if (likely(leaving.owner)) {
 		__u64 settled = owner_word(address, leaving.watchlist, SLOT_EGRESSED);
 
@@ -213,7 +215,7 @@ int egress(struct __sk_buff *skb)
 		/* sent by the host: one observation point, no latency; the slot is for drops in the egress queue */
 		seen.egress_ns = seen.ingress_ns = bpf_ktime_get_ns();
 		count_watched(counters_of(COUNTERS_TC, leaving.watchlist), 1);
-		take_slot(owner_word(address, leaving.watchlist, SLOT_SENT), seen.ingress_ns, skb->ifindex, scratch);
+		take_slot(owner_word(address, leaving.watchlist, SLOT_SENT), seen.ingress_ns, ifindex, scratch);
 	}
 	if (leaving.watchlist)
 		observe((struct packet_source){.context = skb}, config, side_of(leaving.generation), leaving.watchlist,
