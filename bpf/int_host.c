@@ -69,6 +69,7 @@ int ingress(struct __sk_buff *skb)
 	struct verdict verdict = {};
 	__u64 address, generation, now;
 	__u32 flags = 0;
+	enum take_result taken;
 	__u16 watchlist;
 	int parsed;
 
@@ -93,9 +94,12 @@ int ingress(struct __sk_buff *skb)
 	now = bpf_ktime_get_ns();
 	/* 0: in no rule yet, but NAT may still make it match */
 	watchlist = verdict.action == ACTION_REPORT ? verdict.watchlist : 0;
+	taken = take_slot(owner_word(address, watchlist, SLOT_PENDING), now, skb->ifindex, scratch);
+	if (unlikely(taken == SLOT_OF_SAME))
+		return TC_ACT_UNSPEC;
 	if (watchlist)
 		count_watched(counters_of(COUNTERS_TC, watchlist), 1);
-	if (unlikely(!take_slot(owner_word(address, watchlist, SLOT_PENDING), now, skb->ifindex, scratch)))
+	if (unlikely(taken == SLOT_NOT_HAD))
 		count_unfollowed(watchlist);
 	return TC_ACT_UNSPEC;
 }

@@ -211,27 +211,41 @@ static __always_inline __u32 choose_slot(__u64 address, __u64 now)
 	return (__s64)(second->arrival_ns - first->arrival_ns) < 0;
 }
 
-/*
- * Take one of the packet's slots; `owner` is the word that it has from then on. Returns false if another CPU is taking the
- * same slot right now: this packet goes without.
- */
-static __always_inline bool take_slot(__u64 owner, __u64 now, __u32 ifindex, const struct scratch *scratch)
+enum take_result {
+	SLOT_TAKEN_NEW = 0,
+	SLOT_NOT_HAD = 1,   /* another CPU is taking the same slot right now: this packet goes without */
+	SLOT_OF_SAME = 2,   /* this packet has it: it came by another interface of a stack before, and that arrival stands */
+};
+
+/* Whether a slot is of this very packet, which passes one more of our ingress hooks (a bond and its port, macvlan). */
+static __always_inline bool came_before(const struct slot *slot, __u64 seen, __u64 owner, __u32 ifindex,
+					const struct scratch *scratch)
+{
+	return owner_state(seen) == SLOT_PENDING && is_owner(seen, owner) && slot->ifindex != ifindex &&
+	       slot->fingerprint == scratch->fingerprint && is_same_tuple(&slot->key, &scratch->key);
+}
+
+/* Take one of the packet's slots; `owner` is the word that it has from then on. */
+static __always_inline enum take_result take_slot(__u64 owner, __u64 now, __u32 ifindex,
+						  const struct scratch *scratch)
 {
 	struct slot *slot = slot_of(owner, choose_slot(owner, now));
 	__u64 seen;
 
 	if (!slot)
-		return false;
+		return SLOT_NOT_HAD;
 	seen = READ_ONCE(slot->owner);
 	if (unlikely(owner_state(seen) == SLOT_TAKEN))
-		return false;
+		return SLOT_NOT_HAD;
+	if (unlikely(came_before(slot, seen, owner, ifindex, scratch)))
+		return SLOT_OF_SAME;
 	if (unlikely(!exchange_owner(slot, seen, owner_word(owner, 0, SLOT_TAKEN))))
-		return false;
+		return SLOT_NOT_HAD;
 	count_unresolved(seen);
 	slot->arrival_ns = now;
 	slot->ifindex = ifindex;
 	slot->fingerprint = scratch->fingerprint;
 	slot->key = scratch->key;
 	publish(&slot->owner, owner);
-	return true;
+	return SLOT_TAKEN_NEW;
 }
