@@ -17,7 +17,18 @@ from tests.bench import kept, node, plots, results
 from tests.bench.figure import Figure
 
 # in the order of the table
-_ORDER = ("forwarding", "rules", "flows", "share", "reports", "export", "change", "attach", "agent")
+_ORDER = (
+    "forwarding",
+    "delivery",
+    "rules",
+    "flows",
+    "share",
+    "reports",
+    "export",
+    "change",
+    "attach",
+    "agent",
+)
 BENCHES = tuple(name for name in _ORDER if importlib.util.find_spec(f"tests.bench.{name}"))
 _ROOT = Path(__file__).parents[2]
 _DEFAULT_TAKES_S = (8, 60)

@@ -34,6 +34,7 @@ def _variants() -> list[Variant]:
         measure.plain(sent),
         Variant("empty", sent, programs="empty"),
         Variant("clock", sent, programs="clock"),
+        Variant("floor", sent, programs="floor", image=image),
         Variant("unwatched", sent, image=others),
         Variant("watched", sent, image=image, policy=NO_NEWS, outcome="suppressed"),
         Variant(
@@ -65,6 +66,27 @@ def _figures(samples: measure.Samples) -> list[Figure]:
             compare="<=",
             goal=0.20,
             baseline=base,
+        ),
+        ratio("floor").figure(
+            "forward_floor",
+            "the least it can cost: two clock readings, parsing and judging, added / plain forwarding",
+            "ratio",
+            baseline=base,
+        ),
+        measure.spread(
+            [
+                a / b
+                for a, b in zip(
+                    *(samples.differences(n) for n in ("watched", "floor")), strict=True
+                )
+            ]
+        ).figure(
+            "forward_watched_to_floor",
+            "watched packet with no news, added / the least it can cost",
+            "ratio",
+            compare="<=",
+            goal=1.25,
+            baseline=f"{samples.added('floor').value:.0f} ns/packet, the least it can cost",
         ),
         ratio("period only").figure(
             "forward_watched_period_only",

@@ -108,7 +108,7 @@ class Samples:
 
     def added(self, name: str, baseline: str = PLAIN) -> Spread:
         """ns on top of the baseline of the same round."""
-        return spread(self._differences(name, baseline))
+        return spread(self.differences(name, baseline))
 
     def added_ratio(self, name: str, baseline: str = PLAIN) -> Spread:
         """What is added, as a part of the baseline of the same round."""
@@ -120,7 +120,8 @@ class Samples:
         pairs = zip(self.values[name], self.values[other], strict=True)
         return spread([value / base for value, base in pairs])
 
-    def _differences(self, name: str, baseline: str) -> list[float]:
+    def differences(self, name: str, baseline: str = PLAIN) -> list[float]:
+        """ns on top of the baseline, round by round."""
         return [a - b for a, b in zip(self.values[name], self.values[baseline], strict=True)]
 
     def growth(self, name: str, other: str, baseline: str = PLAIN) -> Spread:
@@ -129,7 +130,7 @@ class Samples:
         From the differences between the two in each round, so that the baseline's noise is in the divisor only.
         """
         divisor = self.added(other, baseline).value
-        return spread(self._differences(name, other)).scaled(1 / divisor, 1.0)
+        return spread(self.differences(name, other)).scaled(1 / divisor, 1.0)
 
 
 def measure(
@@ -158,7 +159,9 @@ def measure(
 
 def make_ready(node: Node, variant: Variant) -> None:
     """Rules live, programs attached, and every flow seen, so that its first report is behind."""
-    if variant.image:
+    if variant.programs == "floor" and variant.image:
+        node.commit_floor(variant.image)
+    elif variant.image:
         node.commit(variant.image, **variant.policy)
     node.use(variant.programs)
     node.generators[0].send(variant.traffic)

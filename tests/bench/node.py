@@ -8,15 +8,17 @@ The second generator has in1 and out1, so that two CPUs share nothing but what t
 
 import contextlib
 import ctypes
+import functools
 import os
 import shutil
 import struct
+import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
-from hostint_agent import attach, bpf_calls, bpf_types, classifier
+from hostint_agent import attach, bpf_calls, bpf_types, classifier, loader
 from tests.bench import generator
 from tests.lab import datapath, topology
 from tests.lab.namespace import Namespace, ip
@@ -28,8 +30,9 @@ HOUR_NS = 3600 * 10**9
 NO_NEWS = {"interval_ns": HOUR_NS, "latency_change_ns": HOUR_NS}
 EVERY_PACKET = {"interval_ns": 0, "latency_change_ns": HOUR_NS}
 _INTERFACES = ("in0", "out0", "in1", "out1")
-# what is attached: the datapath as the agent does it, programs that return at once on the same hooks, nothing
-Programs = Literal["ours", "empty", "clock", "none"]
+# what is attached: the datapath as the agent does it, the least that a watched packet can cost (floor.c), programs that
+# return at once or read the clock on the same hooks, nothing
+Programs = Literal["ours", "floor", "empty", "clock", "none"]
 # where packets of each generator go
 WAYS_OUT = ("10.96.0.0/16", "10.97.0.0/16")
 _ENABLE_STATS = 32
@@ -51,9 +54,17 @@ class WrongCount(Exception):
 class Node:
     """The namespace, the datapath in it, and the generators; see `node`."""
 
-    def __init__(self, namespace: Namespace, pins: Path, loaded: datapath.Datapath) -> None:
+    def __init__(
+        self,
+        namespace: Namespace,
+        pins: Path,
+        loaded: datapath.Datapath,
+        floor: Callable[[], datapath.Datapath],
+    ) -> None:
         self.namespace = namespace
         self.datapath = loaded
+        # loaded for those who ask: it takes two seconds
+        self._load_floor = functools.cache(floor)
         self._pins = pins
         self._attached: tuple[Programs, int] = ("none", 1)
         cpus = generator.choose_cpus()
@@ -86,10 +97,12 @@ class Node:
         if self._attached == (programs, generators):
             return
         self.datapath.detach()
+        if self._attached[0] == "floor":
+            self._load_floor().detach()
         indexes = self._indexes() if programs in ("empty", "clock") else {}
         for interface in _INTERFACES[: 2 * generators] if programs != "none" else ():
-            if programs == "ours":
-                self.datapath.attach(interface)
+            if programs in ("ours", "floor"):
+                (self.datapath if programs == "ours" else self._load_floor()).attach(interface)
             else:
                 for kind in (bpf_calls.TCX_INGRESS, bpf_calls.TCX_EGRESS):
                     self.datapath.attach_program(self.program(programs), indexes[interface], kind)
@@ -99,7 +112,15 @@ class Node:
 
     def commit(self, image: classifier.Image, **policy: int) -> None:
         """Make compiled rules live; their reports go to one collector without limit."""
-        self.datapath.tables.commit(
+        self._commit(self.datapath, image, policy)
+
+    def commit_floor(self, image: classifier.Image) -> None:
+        """The same for floor.c."""
+        self._commit(self._load_floor(), image, {})
+
+    @staticmethod
+    def _commit(to: datapath.Datapath, image: classifier.Image, policy: dict[str, int]) -> None:
+        to.tables.commit(
             image,
             {WATCHLIST: datapath.policy(**policy)},
             {0: bpf_types.Collector(snap_length=bpf_types.SNAP_BYTES)},
@@ -221,7 +242,16 @@ def _made() -> Iterator[Node]:
         _build(namespace)
         generator.load(pins)
         loaded = stack.enter_context(datapath.loaded(namespace, bpf_dir()))
-        made = Node(namespace, pins, loaded)
+
+        def floor() -> datapath.Datapath:
+            sources = Path(
+                shutil.copytree(bpf_dir() or loader.default_bpf_dir(), temporary / "bpf")
+            )
+            shutil.copy(Path(__file__).with_name("floor.c"), sources / loader.MAIN_SOURCE)
+            return stack.enter_context(datapath.loaded(namespace, sources))
+
+        temporary = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        made = Node(namespace, pins, loaded, floor)
         stack.callback(made.close)
         yield made
 

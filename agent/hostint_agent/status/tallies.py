@@ -12,10 +12,10 @@ _OF_WATCHLIST = {
     "the watchlist's interval.",
     "ring_full": "Reports found the ring of their CPU full: see that the agent runs and gets its CPU time, or lengthen the "
     "watchlist's interval.",
-    "unverified": "Packets could not be tied to their arrival beyond doubt, so nothing is said of them: another program "
-    "overwrites their tag (tc_index), or see slot_busy.",
-    "unresolved": "Packets came in and no end of theirs was seen: the host itself discarded them, or cut them into "
-    "segments; normal as long as they are few.",
+    "unverified": "Packets could not be tied to their arrival beyond doubt, so nothing is reported of them: fragments that "
+    "the node reassembles, packets that it puts into GRE, ESP or AH, or see slot_busy.",
+    "unresolved": "Packets came in and their end was not seen: fragments that the node reassembles, packets that it cuts "
+    "into segments or clones, or that end in a pod where no socket takes them; normal as long as they are few.",
     "drops_rate_limited": "Drop reports beyond the collector's rate limit were not written: raise its reportsPerSecond, or "
     "lengthen the watchlist's interval.",
     "drops_ring_full": "Drop reports found the ring of their CPU full: see that the agent runs and gets its CPU time, or "
