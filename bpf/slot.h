@@ -199,16 +199,17 @@ static __always_inline bool is_vacant(const struct slot *slot, __u64 address, __
 	       (owner_state(owner) == SLOT_PENDING && now - slot->arrival_ns > SLOT_PATIENCE_NS);
 }
 
-/* Which slot a packet that comes now is to take: its first, or its second, or of two that are in use the older. */
-static __always_inline __u32 choose_slot(__u64 address, __u64 now)
+/* The slot that a packet that comes now is to take: its first, or its second, or of two that are in use the older. */
+static __always_inline struct slot *choose_slot(__u64 address, __u64 now)
 {
-	const struct slot *first = slot_of(address, 0), *second = slot_of(address, 1);
+	struct slot *first = slot_of(address, 0), *second;
 
-	if (!first || !second || likely(is_vacant(first, address, now)))
-		return 0;
-	if (is_vacant(second, address, now))
-		return 1;
-	return (__s64)(second->arrival_ns - first->arrival_ns) < 0;
+	if (!first || likely(is_vacant(first, address, now)))
+		return first;
+	second = slot_of(address, 1);
+	if (!second || is_vacant(second, address, now))
+		return second;
+	return (__s64)(second->arrival_ns - first->arrival_ns) < 0 ? second : first;
 }
 
 enum take_result {
@@ -229,7 +230,7 @@ static __always_inline bool came_before(const struct slot *slot, __u64 seen, __u
 static __always_inline enum take_result take_slot(__u64 owner, __u64 now, __u32 ifindex,
 						  const struct scratch *scratch)
 {
-	struct slot *slot = slot_of(owner, choose_slot(owner, now));
+	struct slot *slot = choose_slot(owner, now);
 	__u64 seen;
 
 	if (!slot)
