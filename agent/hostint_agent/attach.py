@@ -338,9 +338,9 @@ class Attacher:
 
     def reconcile(self) -> State:
         """Look at the interfaces once and attach what is missing; never raises for what the world does."""
-        begun = time.monotonic()
+        begun = time.thread_time()
         state = self._look()
-        self._pace.spend(time.monotonic() - begun)
+        self._pace.spend(time.thread_time() - begun)
         if state != self._state:
             self._log(state)
             self._state = state

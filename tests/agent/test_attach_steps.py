@@ -191,3 +191,16 @@ def test_a_filter_that_is_gone_with_its_device_is_removed(near):
 
     near.inside(lambda: remove(9999))
     near.inside(lambda: remove(socket.if_nametoindex("eth0")))
+
+
+def test_a_look_that_waits_costs_no_time(near, attacher, monkeypatch):
+    """The kernel takes milliseconds for a link, in which the agent does nothing."""
+    read = interfaces.read_network
+
+    def slow() -> interfaces.Network:
+        time.sleep(0.6)
+        return read()
+
+    monkeypatch.setattr(interfaces, "read_network", slow)
+    near.inside(attacher.reconcile)
+    assert attacher._pace.gather_s() < 0.2
