@@ -26,7 +26,7 @@ _POD_KINDS = frozenset({"veth", "netkit"})
 _SWITCHES = frozenset({"bridge", "openvswitch", "vrf"})
 # Kinds through which the same frame passes that the device below has.
 _SAME_FRAME = frozenset({"vlan", "macvlan", "macvtap", "ipvlan", "ipvtap"})
-# What these encapsulate leaves by an uplink, where the programs look into it.
+# What these encapsulate leaves by an uplink, where it is known again by what is inside.
 _TUNNELS = frozenset({"vxlan", "geneve"})
 # Devices that end on this host, unless they stand on others. A kind that is not known here may be
 # that of a driver: it leads out.
