@@ -235,6 +235,21 @@ def test_several_ways_of_a_default_route_are_uplinks():
     assert names(choice.choose(found, NOTHING)) == {"eth0": "uplink", "eth1": "uplink"}
 
 
+def test_default_routes_are_told_apart_by_table_and_preference():
+    routes = [
+        shapes.default(2, metric=10),
+        shapes.default(3, metric=20),
+        shapes.default(4, table=10),
+        shapes.default(5, table=1000),
+        shapes.Route("::/0", [3], metric=1024),
+    ]
+    found = shapes.read(Shape([], routes))
+    assert found.default_route == {2, 3}
+    assert found.preferred_route == {2, 3}
+    assert found.policy_route == {4, 5}
+    assert shapes.read(Shape([], routes[:4])).preferred_route == {2}
+
+
 def test_an_unreachable_default_route_is_none():
     """IPv6 has one on the loopback where there is no router."""
     routes = [shapes.Route("::/0", [1], kind=7, metric=4294967295)]
