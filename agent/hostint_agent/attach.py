@@ -133,16 +133,20 @@ class TcxHooks:
         removed = []
         for pin in sorted(self._links.iterdir()):
             match = _LINK_PIN.fullmatch(pin.name)
-            if not match:
-                continue
-            # Whoever unpins one meanwhile does what is done here.
-            with contextlib.suppress(FileNotFoundError):
-                with bpf_calls.opened(pin) as link:
-                    attached = bpf_calls.tcx_link_target(link)[0]
-                if attached != self._programs[match[2]].id:
-                    pin.unlink()
-                    removed.append((int(match[1]), match[2]))
+            if match and self._attached(pin) not in (None, self._programs[match[2]].id):
+                pin.unlink(missing_ok=True)
+                removed.append((int(match[1]), match[2]))
         return removed
+
+    def _attached(self, pin: Path) -> int | None:
+        """Return the kernel id of a link's program; None if it was unpinned meanwhile."""
+        try:
+            with bpf_calls.opened(pin) as link:
+                return bpf_calls.tcx_link_target(link)[0]
+        except OSError as error:
+            if error.errno != errno.ENOENT:
+                raise
+            return None
 
     def keep_only(self, wanted: frozenset[int]) -> None:
         """Detach from every interface that is not wanted (any more)."""
@@ -342,9 +346,9 @@ class Attacher:
 
     def reconcile(self) -> State:
         """Look at the interfaces once and attach what is missing; never raises for what the world does."""
-        begun = time.monotonic()
+        begun = time.thread_time()
         state = self._look()
-        self._pace.spend(time.monotonic() - begun)
+        self._pace.spend(time.thread_time() - begun)
         if state != self._state:
             self._log(state)
             self._state = state
@@ -374,7 +378,7 @@ class Attacher:
         error = self._read()
         network = self._network
         if network is None:
-            return State(self._state.attachments, error, failures=steps.failures)
+            return State(error=error, failures=steps.failures)
         chosen = choice.choose(network, self._patterns)
         ports = self._describe(network, chosen, steps)
         cause = steps.failures.get(_PORTS_STEP, "none is left")
@@ -386,10 +390,8 @@ class Attacher:
             for interface in chosen
         ]
         attachments = tuple(attachment for attachment in attached if attachment)
-        # An interface that was not read may still be there.
-        if error is None:
-            with steps.step("older attachments"):
-                self._hooks.keep_only(frozenset(interface.ifindex for interface in chosen))
+        with steps.step("older attachments"):
+            self._hooks.keep_only(frozenset(interface.ifindex for interface in chosen))
         unseen = choice.unseen(network, self._patterns, chosen, self._node_address)
         return State(attachments, error, unseen, steps.failures)
 

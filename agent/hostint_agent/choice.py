@@ -26,11 +26,11 @@ _POD_KINDS = frozenset({"veth", "netkit"})
 _SWITCHES = frozenset({"bridge", "openvswitch", "vrf"})
 # Kinds through which the same frame passes that the device below has.
 _SAME_FRAME = frozenset({"vlan", "macvlan", "macvtap", "ipvlan", "ipvtap"})
-# What these encapsulate leaves by an uplink, where the programs look into it.
+# What these encapsulate leaves by an uplink, where it is known again by what is inside.
 _TUNNELS = frozenset({"vxlan", "geneve"})
 # Devices that end on this host, unless they stand on others. A kind that is not known here may be
 # that of a driver: it leads out.
-_ENDS = frozenset({"veth", "netkit", "tun", "dummy", "ifb", *_SWITCHES, *_TUNNELS})
+_ENDS = frozenset({"veth", "netkit", "tun", "dummy", "ifb"})
 # Nothing leaves by these: they hold addresses (IPVS), or a default route that only has to exist
 # (k3s without a network).
 _NO_WAY_OUT = frozenset({"dummy", "ifb"})
@@ -155,8 +155,7 @@ def _uplinks(network: Network) -> Iterator[int]:
     carriers = {*network.addresses, *network.policy_route, *pod_masters}
     for link in network.links:
         has_route = link.ifindex in network.default_route
-        # The address of a pod's device is that of the pods' gateway.
-        if not has_route and (link.ifindex not in carriers or _is_pod(link)):
+        if not has_route and link.ifindex not in carriers:
             continue
         for tap in devices.taps(link):
             # An address alone may be that of a gateway of pods, or of a tunnel.

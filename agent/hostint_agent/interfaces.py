@@ -23,6 +23,7 @@ _IFF_LOOPBACK = 8
 _ARPHRD_ETHER = 1
 # rtnetlink multicast groups of linux/rtnetlink.h: links, traffic control, addresses and routes of both families
 _GROUPS = 1 | 8 | 0x10 | 0x40 | 0x100 | 0x400
+# Tables from 256 on have the number 252 in the header of a message (RT_TABLE_COMPAT).
 _MAIN_TABLE, _RTN_UNICAST = 254, 1
 # linux/if_link.h, linux/if_addr.h, linux/rtnetlink.h
 _IFLA_IFNAME, _IFLA_LINK, _IFLA_MASTER, _IFLA_LINKINFO = 3, 5, 10, 18
@@ -32,7 +33,7 @@ _IFLA_INFO_KIND, _IFLA_INFO_DATA = 1, 2
 _TUNNEL_PORT = {"vxlan": 15, "geneve": 5}
 _RTEXT_FILTER_SKIP_STATS = 8
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
-_RTA_OIF, _RTA_PRIORITY, _RTA_MULTIPATH, _RTA_TABLE = 4, 6, 9, 15
+_RTA_OIF, _RTA_PRIORITY, _RTA_MULTIPATH = 4, 6, 9
 _LINK = struct.Struct("=BxHiII")
 _ADDRESS = struct.Struct("=BBBBI")
 _ROUTE = struct.Struct("=BBBBBBBBI")
@@ -165,8 +166,6 @@ def _default_routes(body: bytes) -> list[DefaultRoute]:
     if length or family not in _IP or kind != _RTN_UNICAST:
         return []
     found = netlink.attributes(body, _ROUTE.size)
-    if _RTA_TABLE in found:
-        table = _number(found[_RTA_TABLE])
     metric = _number(found[_RTA_PRIORITY]) if _RTA_PRIORITY in found else 0
     indexes = [_number(found[_RTA_OIF])] if _RTA_OIF in found else []
     indexes += _hops(found.get(_RTA_MULTIPATH, b""))

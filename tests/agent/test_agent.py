@@ -177,6 +177,8 @@ def test_a_node_address_that_no_interface_sees_is_told(
         await asyncio.sleep(1)
         state = state_of(process)
         assert (state.ready, state.reason, state.message[: len(WG0)]) == (ready, reason, message)
+        # once
+        assert not process._attacher._look_wanted.is_set()
 
     with_agent(pin_dir, tmp_path, scenario, patterns=patterns)
 

@@ -108,6 +108,7 @@ def test_a_step_that_fails_stops_no_other(near, pins, attacher, monkeypatch, ste
     assert attacher.state().failed == ()
     assert is_attached(near, pins, "eth0")
     assert attacher.state().drops_unseen == (step == "drop program")
+    assert attacher._next_look < time.monotonic() + 1
     monkeypatch.undo()
     eventually(lambda: not attacher.state().failures)
     assert attacher.alive
@@ -202,3 +203,25 @@ def test_a_filter_that_is_gone_with_its_device_is_removed(near):
 
     near.inside(lambda: remove(9999))
     near.inside(lambda: remove(socket.if_nametoindex("eth0")))
+
+
+def test_a_link_that_somebody_unpins_meanwhile_is_unpinned(near, pins, attacher):
+    near.inside(attacher.start)
+    hooks = attacher._tcx
+    ghost = pins / "links" / "tcx-9999-ingress"
+    with mock.patch.object(Path, "iterdir", lambda _: iter([ghost])):
+        hooks.keep_only(frozenset())
+        assert hooks.detach_others() == []
+
+
+def test_a_look_that_waits_costs_no_time(near, attacher, monkeypatch):
+    """The kernel takes milliseconds for a link, in which the agent does nothing."""
+    read = interfaces.read_network
+
+    def slow() -> interfaces.Network:
+        time.sleep(0.6)
+        return read()
+
+    monkeypatch.setattr(interfaces, "read_network", slow)
+    near.inside(attacher.reconcile)
+    assert attacher._pace.gather_s() < 0.2

@@ -64,7 +64,9 @@ def test_a_node_that_is_a_namespace_has_a_veth_uplink():
 
 def test_the_loopback_is_never_watched():
     everything = interfaces.Patterns(include=("*",))
-    assert chosen(LOOPBACK, patterns=everything, addresses={1: ("127.0.0.1",)}) == {}
+    like_ethernet = dataclasses.replace(LOOPBACK, is_ethernet=True)
+    for link in (LOOPBACK, like_ethernet):
+        assert chosen(link, patterns=everything, addresses={1: ("127.0.0.1",)}) == {}
 
 
 def test_bridges_and_tunnels_are_not_watched():
@@ -201,8 +203,10 @@ def test_only_the_preferred_default_route_counts():
 
 
 def test_an_included_port_sees_what_a_bridge_carries():
-    patterns = interfaces.Patterns(include=("tap*",))
-    found = shapes.read(shapes.TAP_BRIDGE)
+    patterns = interfaces.Patterns(include=("tap0",))
+    other = shapes.Device(9, "tap9", "tun", master=2, member="bridge")
+    shape = shapes.TAP_BRIDGE
+    found = shapes.read(dataclasses.replace(shape, devices=[*shape.devices, other]))
     picked = choice.choose(found, patterns)
     assert names(picked) == {"tap0": "uplink", "veth4": "pod"}
     assert choice.unseen(found, patterns, picked, None) == ()
@@ -231,12 +235,109 @@ def test_several_ways_of_a_default_route_are_uplinks():
     assert names(choice.choose(found, NOTHING)) == {"eth0": "uplink", "eth1": "uplink"}
 
 
+def test_default_routes_are_told_apart_by_table_and_preference():
+    routes = [
+        shapes.default(2, metric=10),
+        shapes.default(3, metric=20),
+        shapes.default(4, table=10),
+        shapes.default(5, table=1000),
+        shapes.Route("::/0", [3], metric=1024),
+    ]
+    found = shapes.read(Shape([], routes))
+    assert found.default_route == {2, 3}
+    assert found.preferred_route == {2, 3}
+    assert found.policy_route == {4, 5}
+    assert shapes.read(Shape([], routes[:4])).preferred_route == {2}
+
+
 def test_an_unreachable_default_route_is_none():
     """IPv6 has one on the loopback where there is no router."""
     routes = [shapes.Route("::/0", [1], kind=7, metric=4294967295)]
     devices = [shapes.LO, shapes.nic(2, "eth0", "192.0.2.1/24")]
     found = shapes.read(Shape(devices, routes))
     assert found.default_route == frozenset()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["veth", "netkit", "tun", "dummy", "ifb", "bridge", "openvswitch", "vrf", "vxlan", "geneve"],
+)
+def test_an_address_alone_makes_no_uplink_of_what_ends_here(kind):
+    device = shapes.nic(2, "dev0", "192.0.2.1/24", kind=kind)
+    assert choice.choose(shapes.read(Shape([device], [])), NOTHING) == []
+
+
+@pytest.mark.parametrize("kind", ["vxlan", "geneve"])
+@pytest.mark.parametrize("routes", [[], [shapes.default(3)]], ids=["address", "route"])
+def test_a_tunnel_is_no_uplink_whatever_it_is_bound_to(kind, routes):
+    devices = [shapes.nic(2, "eth0", "192.0.2.1/24")]
+    devices += [shapes.Device(3, "tun3", kind, over=2, addresses=["10.1.0.1/24"])]
+    found = shapes.read(Shape(devices, routes))
+    picked = choice.choose(found, NOTHING)
+    assert names(picked) == {"eth0": "uplink"}
+    assert choice.unseen(found, NOTHING, picked, "10.1.0.1") == ()
+
+
+@pytest.mark.parametrize("kind", ["l2tp_eth", "macvlan", ""])
+def test_an_address_makes_an_uplink_of_what_may_be_a_driver(kind):
+    """Or of what stands on a device of another namespace: a node that is a container."""
+    device = shapes.nic(2, "eth0", "192.0.2.1/24", kind=kind)
+    assert names(choice.choose(shapes.read(Shape([device], [])), NOTHING)) == {"eth0": "uplink"}
+
+
+def test_a_physical_device_that_names_itself_as_lower_is_an_uplink():
+    device = shapes.nic(2, "eth0", "192.0.2.1/24", over=2)
+    assert names(choice.choose(shapes.read(Shape([device], [])), NOTHING)) == {"eth0": "uplink"}
+
+
+@pytest.mark.parametrize("below", ["tun", "bridge"])
+def test_a_port_above_a_device_that_ends_here_is_no_way_out(below):
+    devices = [
+        shapes.Device(2, "br0", "bridge", addresses=["192.0.2.5/24"]),
+        shapes.Device(3, "dev3.100", "vlan", over=4, master=2),
+        shapes.Device(4, "dev3", below),
+    ]
+    found = shapes.read(Shape(devices, [shapes.default(2)]))
+    assert choice.choose(found, NOTHING) == []
+    (unseen,) = choice.unseen(found, NOTHING, [], None)
+    assert unseen.name == "br0"
+
+
+def test_an_address_of_the_node_on_its_loopback_is_seen_elsewhere():
+    """BGP to the host: the address is on lo, packets take any NIC."""
+    lo = dataclasses.replace(shapes.LO, addresses=["192.0.2.1/32"])
+    found = shapes.read(Shape([lo, shapes.nic(2, "eth0")], [shapes.default(2)]))
+    picked = choice.choose(found, NOTHING)
+    assert names(picked) == {"eth0": "uplink"}
+    assert choice.unseen(found, NOTHING, picked, "192.0.2.1") == ()
+
+
+@pytest.mark.parametrize(
+    ("shape", "exclude"),
+    [(shapes.TAP_BRIDGE, "br0"), (shapes.OVS, "enp1s0")],
+    ids=["carrier", "uplink"],
+)
+def test_an_exclusion_is_no_reason_for_a_complaint(shape, exclude):
+    patterns = interfaces.Patterns(exclude=(exclude,))
+    found = shapes.read(shape)
+    picked = choice.choose(found, patterns)
+    assert "uplink" not in names(picked).values()
+    assert choice.unseen(found, patterns, picked, None) == ()
+    assert len(choice.unseen(found, NOTHING, picked, None)) == 1
+
+
+def test_a_bridge_whose_ports_are_all_watched_is_seen():
+    """A node that is a container, with its own bridge: which veth leads out is not known."""
+    devices = [
+        shapes.Device(2, "br0", "bridge", addresses=["172.18.0.2/16"]),
+        shapes.pod(3, "eth0", master=2),
+        shapes.pod(4, "veth4", master=2),
+    ]
+    found = shapes.read(Shape(devices, [shapes.default(2)]))
+    picked = choice.choose(found, NOTHING)
+    assert names(picked) == {"eth0": "pod", "veth4": "pod"}
+    assert choice.unseen(found, NOTHING, picked, None) == ()
+    assert len(choice.unseen(found, NOTHING, picked[:1], None)) == 1
 
 
 def test_a_loop_of_devices_ends():

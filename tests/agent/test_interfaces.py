@@ -2,6 +2,7 @@
 """What is read of a network namespace, and which changes are a reason to read it again."""
 
 import dataclasses
+import errno
 import socket
 import struct
 
@@ -128,6 +129,44 @@ def test_a_route_of_another_family_is_no_default_route():
         4, bytes((9, 0, 0, 0))
     )
     assert interfaces.parse([], [], [mpls]).default_route == frozenset()
+
+
+def test_a_link_local_address_is_no_global_one_whatever_its_scope():
+    """That of a DNS cache on the node has scope global."""
+    heads = [struct.pack("=BBBBI", socket.AF_INET, 32, 0, scope, 2) for scope in (0, 0, 253)]
+    texts = ("169.254.20.10", "192.0.2.1", "192.0.2.2")
+    bodies = [
+        head + netlink.attribute(1, socket.inet_aton(text))
+        for head, text in zip(heads, texts, strict=True)
+    ]
+    found = interfaces.parse([], bodies, [])
+    assert found.addresses == {2: ("192.0.2.1",)}
+    assert found.local == set(texts)
+
+
+def test_a_lower_device_of_index_0_is_none():
+    """A tunnel that is bound to no device."""
+    name = netlink.attribute(3, b"tun0\0")
+    links = [
+        interfaces._link(LINK_HEAD + name + netlink.attribute(5, struct.pack("=I", index)))
+        for index in (0, 4)
+    ]
+    assert [link.lower for link in links] == [None, 4]
+
+
+def test_a_subscription_that_fails_is_a_change_and_ends_the_reading():
+    class Failing:
+        left = 3
+
+        def recv(self, _: int) -> bytes:
+            self.left -= 1
+            assert self.left
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    changes = interfaces.Changes()
+    changes.close()
+    changes._socket = Failing()
+    assert changes.drain()
 
 
 def test_a_name_that_is_not_utf_8_stays_the_same_bytes():

@@ -105,10 +105,12 @@ def test_a_build_is_whole_or_not_there(loaded, build, keeper, monkeypatch):
         keeper.restore()
     assert len(seen) > 1
     assert not any(seen)
-    monkeypatch.undo()
-    # a process that is killed here leaves what the next one takes away
     remains = build.with_name(f"{build.name}-partial")
+    # a process that is killed here leaves what the next one takes away
     assert loader.remove_remains(loaded) == [remains]
+    with pytest.raises(OSError, match="no space here"):
+        keeper.restore()
+    monkeypatch.undo()
     keeper.restore()
     assert keeper.in_place()
     assert not remains.exists()
@@ -120,9 +122,25 @@ def test_the_directory_that_is_made_again_is_locked(loaded, build, keeper):
     descriptor = os.open(loaded, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with pytest.raises(BlockingIOError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     finally:
         os.close(descriptor)
+
+
+def test_the_same_pins_in_another_directory_are_not_in_place(loaded, build, keeper):
+    """Their directory may be locked by another process."""
+    aside = loaded.with_name(f"{loaded.name}-aside")
+    loaded.rename(aside)
+    shutil.copytree(aside, loaded, copy_function=copy_pin)
+    shutil.rmtree(aside)
+    assert not keeper.in_place()
+    keeper.restore()
+    assert keeper.in_place()
+
+
+def copy_pin(source: str, target: str) -> None:
+    with bpf_calls.opened(Path(source)) as descriptor:
+        bpf_calls.obj_pin(descriptor, Path(target))
 
 
 def test_a_directory_that_another_agent_has_is_left_to_it(loaded, build, keeper):
