@@ -36,7 +36,7 @@ def test_a_bad_object_is_refused_by_field_and_value(case):
         assert told == [f'unknown field "{case.place}"']
         return
     value = value_at(case.place, case.spec)
-    shown = str(len(value)) if "at most" in case.words else json.dumps(value)
+    shown = str(len(value)) if "at most 256 items" in case.words else json.dumps(value)
     begin = rf"{re.escape(case.place)}: (Invalid value|Unsupported value|Too many): "
     assert re.match(begin + re.escape(shown) + ": ", told[0]), told
     assert case.words in told[0]
