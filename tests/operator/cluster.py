@@ -60,7 +60,8 @@ class Cluster:
 
     def __init__(self, api_server: Any, directory: pathlib.Path) -> None:
         self.api_server = api_server
-        self.run = uuid.uuid4().hex[:6]
+        # With a letter before it: kubectl reads 6257e4 in YAML as a number.
+        self.run = f"r{uuid.uuid4().hex[:6]}"
         self.namespace = f"hostint-{self.run}"
         self.nodes = [f"n1-{self.run}", f"n2-{self.run}"]
         self.directory = directory
