@@ -92,6 +92,16 @@ def with_agent(
     asyncio.run(whole())
 
 
+def datapath_config(pin_dir: Path, bpf_dir: Path | None = None) -> bpf_types.Config:
+    """What the programs are told."""
+    maps = loader.current(pin_dir, bpf_dir or default_bpf_dir()) / "maps"
+    opened = bpf_calls.Map.open(maps / "config")
+    try:
+        return bpf_types.Config.from_buffer_copy(opened.lookup(bytes(4)))
+    finally:
+        opened.close()
+
+
 def too_many() -> list[dict]:
     return [RULE | {"id": i + 1, "name": f"r{i}"} for i in range(15_000)]
 
@@ -127,16 +137,6 @@ def test_a_node_without_interfaces_is_not_ready_for_a_watchlist(pin_dir, tmp_pat
         assert (state.ready, state.reason) == (False, "NoInterfaces")
 
     with_agent(pin_dir, tmp_path, scenario)
-
-
-def datapath_config(pin_dir: Path, bpf_dir: Path | None = None) -> bpf_types.Config:
-    """What the programs are told."""
-    maps = loader.current(pin_dir, bpf_dir or default_bpf_dir()) / "maps"
-    opened = bpf_calls.Map.open(maps / "config")
-    try:
-        return bpf_types.Config.from_buffer_copy(opened.lookup(bytes(4)))
-    finally:
-        opened.close()
 
 
 def told(process: agent.Agent) -> tuple[bool, str, str]:
