@@ -109,7 +109,7 @@ def test_a_place_that_became_free_is_the_last_to_be_used_again():
     assert indexes.names["three"] == place
 
 
-def test_of_several_free_places_the_latest_to_become_free_is_used_last():
+def test_index_that_became_free_last_is_used_last():
     """One that was never used is first, then the one that has been free for longest."""
     indexes = node_rules.Indexes().follow(["a"], 0, 5)
     places = [indexes.names["a"]]

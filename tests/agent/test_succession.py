@@ -128,7 +128,7 @@ def test_a_watchlist_that_is_another_one_now_begins_at_zero(pins):
     assert not any(opened.watchlist(1).values())
 
 
-def test_a_packet_that_waits_in_a_slot_is_pending_for_its_watchlist(pins):
+def test_packet_in_a_slot_is_pending_for_its_watchlist(pins):
     maps = make(pins, "only")
     put(maps, "watchlist_counters", 3, words(watched=6, reported=3))
     slots, states = bpf_calls.Map.open(maps / "slots"), bpf_types.SlotState

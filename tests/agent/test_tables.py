@@ -262,7 +262,7 @@ def test_a_commit_that_fails_leaves_the_old_rules_and_the_next_one_mends_it(prob
         rules = edited
 
 
-def test_a_bank_that_was_written_in_part_is_written_whole_the_next_time(probe, judge):
+def test_bank_written_in_part_is_written_whole_next(probe, judge):
     """Also where the next rules are those that the bank held before."""
     writer, compiler = Failing(probe.maps), classifier.Compiler()
     world = reference_classifier.World(10)

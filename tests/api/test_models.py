@@ -144,7 +144,7 @@ def with_another(path: tuple[Any, ...]) -> dict[str, Any]:
 ALL = [path for path in leaves(WHOLE) if path[-1] != "format"]  # which has one value only
 
 
-def test_every_field_of_a_node_config_is_in_the_test_of_its_digest():
+def test_digest_is_tested_with_every_field():
     whole = NodeConfigSpec.model_validate(WHOLE)
     assert whole.model_dump(mode="json", by_alias=True, exclude={"digest"}) == WHOLE
 

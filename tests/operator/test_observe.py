@@ -140,7 +140,7 @@ def test_node_is_read_with_its_internal_addresses_only() -> None:
         ({"type": "ExternalName"}, ()),
     ],
 )
-def test_service_is_read_with_all_cluster_addresses_and_udp_ports(
+def test_service_has_all_cluster_addresses_and_udp_ports(
     spec: dict[str, Any], expected: tuple[str, ...]
 ) -> None:
     ports = [
@@ -223,7 +223,7 @@ def pod(node: str, ready: str, version: int = 1) -> dict[str, Any]:
     }
 
 
-def test_agent_counts_while_its_pod_is_ready_on_the_node_where_it_runs() -> None:
+def test_agent_counts_while_its_pod_is_ready_on_its_node() -> None:
     async def test(world: World) -> None:
         assert (PODS, f"{names.AGENT_LABEL}={names.AGENT_NAME}") in world.api.asked
         assert world.state.nodes_with_agent() == set()

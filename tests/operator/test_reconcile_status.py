@@ -110,7 +110,7 @@ def test_node_that_does_not_answer_fails_without_any_event(
     asyncio.run(work())
 
 
-def test_node_that_answered_in_time_has_as_long_for_the_next_change(
+def test_node_has_as_long_to_answer_the_next_change(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(status, "ANSWER_S", 2.5)
@@ -234,7 +234,7 @@ def test_status_of_every_kind_has_its_own_field_manager() -> None:
     asyncio.run(work())
 
 
-def test_api_server_that_asks_for_time_is_given_it_and_is_counted() -> None:
+def test_retry_after_is_obeyed_and_refusals_are_counted() -> None:
     async def work() -> None:
         async with running() as fixture:
             fixture.api.failures = 4
@@ -269,7 +269,7 @@ SERVICE = {"namespace": "ns", "name": "svc", "port": 4000}
 
 
 @pytest.mark.parametrize("by", ["service", "name"])
-def test_collector_keeps_its_endpoints_while_its_new_target_is_looked_up(
+def test_collector_keeps_its_endpoints_during_a_lookup(
     monkeypatch: pytest.MonkeyPatch, by: str
 ) -> None:
     """But not for long: what cannot be looked up is told, and reports stop to go where nobody wants them."""

@@ -67,7 +67,7 @@ def test_the_earliest_of_several_delays_counts() -> None:
     run(work())
 
 
-def test_the_earliest_of_several_delays_counts_for_a_running_key_too() -> None:
+def test_earliest_delay_counts_for_a_running_key_too() -> None:
     async def work() -> None:
         queue: work_queue.WorkQueue[str] = work_queue.WorkQueue()
         loop = asyncio.get_running_loop()
