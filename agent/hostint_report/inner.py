@@ -50,7 +50,8 @@ def parse(frame: bytes) -> InnerPacket:
         return _ipv4(frame[offset:])
     if kind == _IPV6:
         return _ipv6(frame[offset:])
-    return InnerPacket(truncated=False)
+    # A frame that ends inside of its tags has lost what follows them.
+    return InnerPacket(truncated=kind in _VLAN)
 
 
 def _ipv4(packet: bytes) -> InnerPacket:

@@ -16,6 +16,8 @@ import structlog
 from hostint_agent import (
     agent,
     attach,
+    bpf_calls,
+    bpf_types,
     exporter,
     interfaces,
     kernel,
@@ -101,6 +103,16 @@ def with_agent(
     asyncio.run(whole())
 
 
+def datapath_config(pin_dir: Path, bpf_dir: Path | None = None) -> bpf_types.Config:
+    """What the programs are told."""
+    maps = loader.current(pin_dir, bpf_dir or default_bpf_dir()) / "maps"
+    opened = bpf_calls.Map.open(maps / "config")
+    try:
+        return bpf_types.Config.from_buffer_copy(opened.lookup(bytes(4)))
+    finally:
+        opened.close()
+
+
 def too_many() -> list[dict]:
     return [RULE | {"id": i + 1, "name": f"r{i}"} for i in range(15_000)]
 
@@ -122,6 +134,8 @@ def test_a_configuration_goes_live_and_the_status_names_its_digest(pin_dir, tmp_
         assert status
         assert (status.observed_generation, status.observed_digest) == (3, "sha256:1")
         assert [w.name for w in status.watchlists] == ["shop"]
+        config = datapath_config(pin_dir)
+        assert (config.node_id, config.enabled) == (1, 1)
         assert [(c.name, c.reachable) for c in status.collectors] == [("default", True)]
 
     with_agent(pin_dir, tmp_path, scenario)
@@ -290,10 +304,13 @@ def test_status_names_what_keeps_a_watchlist_from_ready(
         assert told(process) == (False, *expected)
         assert process.status().watchlists_ready == "0/1"
         assert process.not_ready() == ready
+        assert value(process, "hostint_interfaces_attached") == 0
+        assert value(process, "hostint_interfaces_failed") == (ready is None)
         monkeypatch.undo()
         await until(process, (True, "Programmed", ""))
         assert process.status().watchlists_ready == "1/1"
         assert value(process, "hostint_interfaces_attached") == 1
+        assert value(process, "hostint_interfaces_failed") == 0
         assert process.not_ready() is None
         monkeypatch.setattr(at, name, fault)
         ip(f"-n {node.name} link set eth0 mtu 1400")  # a reason to look at the interfaces
@@ -302,6 +319,50 @@ def test_status_names_what_keeps_a_watchlist_from_ready(
     monkeypatch.setattr(at, name, fault)
     patterns = interfaces.Patterns(include=("eth0",))
     node.inside(lambda: with_agent(pin_dir, tmp_path, scenario, patterns=patterns))
+
+
+def test_message_is_cut_to_what_the_crd_takes(pin_dir, tmp_path, monkeypatch):
+    def fault() -> None:
+        raise OSError(errno.EPERM, "x" * 1000)
+
+    async def scenario(process: agent.Agent) -> None:
+        await process.apply(agent.Wanted(spec(), 1))
+        assert told(process)[2] == f"[Errno 1] {'x' * 246}"
+
+    monkeypatch.setattr(interfaces, "read_network", fault)
+    with_agent(pin_dir, tmp_path, scenario)
+
+
+def test_status_follows_the_health_of_collectors(pin_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(agent, "_CLOCK_INTERVAL_S", 0.02)
+    good = senders.Health(True, "Sending", "reports go there")
+    bad = senders.Health(False, "HostUnreachable", "y" * 1000)
+    health = {"default": good}
+
+    async def scenario(process: agent.Agent) -> None:
+        await process.apply(agent.Wanted(spec(), 1))
+        monkeypatch.setattr(process._exporter, "health", lambda: dict(health))
+        told: asyncio.Queue[tuple[bool, str, str]] = asyncio.Queue()
+
+        def look() -> None:
+            (state,) = process.status().collectors
+            told.put_nowait((state.reachable, state.reason, state.message))
+
+        process.on_status = look
+        time = asyncio.create_task(process.keep_time())
+        for now, expected in (
+            (good, (True, "Reachable", "")),
+            (bad, (False, "HostUnreachable", "y" * 256)),
+            (good, (True, "Reachable", "")),
+        ):
+            health["default"] = now
+            async with asyncio.timeout(5):
+                assert await told.get() == expected
+        await asyncio.sleep(0.1)
+        assert told.empty()
+        time.cancel()
+
+    with_agent(pin_dir, tmp_path, scenario)
 
 
 def test_rules_go_live_after_their_destinations_are_known(pin_dir, tmp_path, monkeypatch):
@@ -355,7 +416,9 @@ def test_a_refused_configuration_leaves_the_old_rules_and_says_why(pin_dir, tmp_
         (state,) = process.status().watchlists
         assert (state.ready, state.reason) == (False, "TooManyRules")
         assert process.status().observed_generation == 2
+        assert value(process, "hostint_config_errors") == 1
         assert await process.apply(agent.Wanted(spec(), 3))
+        assert value(process, "hostint_config_errors") == 1
         assert process.status().watchlists[0].reason != "TooManyRules"
 
     with_agent(pin_dir, tmp_path, scenario)
@@ -457,6 +520,30 @@ def test_a_watchlist_without_its_collector_is_not_said_to_work(pin_dir, tmp_path
 
     patterns = interfaces.Patterns(include=("eth0",))
     node.inside(lambda: with_agent(pin_dir, tmp_path, scenario, patterns=patterns))
+
+
+@pytest.mark.parametrize(
+    ("at", "reason"),
+    [
+        (attach.Attacher, "the attach thread has ended"),
+        (exporter.Exporter, "the export thread has ended"),
+    ],
+    ids=["attach", "export"],
+)
+def test_agent_whose_thread_has_ended_is_not_alive(pin_dir, tmp_path, monkeypatch, at, reason):
+    """Half an agent must not look like a whole one: the process ends, and says why."""
+
+    async def scenario(process: agent.Agent) -> None:
+        await process.apply(agent.Wanted(spec(), 1))
+        async with asyncio.timeout(5):
+            while process.not_alive() is None:
+                await asyncio.sleep(0.01)
+            assert process.not_alive() == reason
+            with pytest.raises(RuntimeError, match=reason):
+                await process.keep_time()
+
+    monkeypatch.setattr(at, "_run", lambda *_: None)
+    with_agent(pin_dir, tmp_path, scenario)
 
 
 def test_metrics_carry_the_name_of_the_watchlist(pin_dir, tmp_path):
@@ -574,6 +661,7 @@ def test_an_upgrade_that_cannot_be_completed_is_said_so_and_completed_later(
         await process.apply(agent.Wanted(spec(), 2))
         assert told(process) == (False, reason, message)
         assert value(process, "hostint_hold") == 1
+        assert datapath_config(pin_dir, second).hold == 1
         assert len(loader.builds(pin_dir)) == 2
         changed = asyncio.Event()
         process.on_status = changed.set
@@ -583,6 +671,7 @@ def test_an_upgrade_that_cannot_be_completed_is_said_so_and_completed_later(
                 await changed.wait()
                 changed.clear()
         assert value(process, "hostint_hold") == 0
+        assert datapath_config(pin_dir, second).hold == 0
         assert loader.builds(pin_dir) == [loader.current(pin_dir, second)]
 
     with_agent(pin_dir, tmp_path, older)

@@ -109,6 +109,19 @@ def test_a_place_that_became_free_is_the_last_to_be_used_again():
     assert indexes.names["three"] == place
 
 
+def test_index_that_became_free_last_is_used_last():
+    """One that was never used is first, then the one that has been free for longest."""
+    indexes = node_rules.Indexes().follow(["a"], 0, 5)
+    places = [indexes.names["a"]]
+    for name in "bcd":
+        indexes = indexes.follow([name], 0, 5)
+        places.append(indexes.names[name])
+    assert len(set(places)) == 4
+    indexes = indexes.follow("defgh", 0, 5)
+    never_used = ({*range(5)} - {*places}).pop()
+    assert [indexes.names[name] for name in "efgh"] == [never_used, *places[:3]]
+
+
 def test_a_new_name_in_an_old_place_begins_at_zero():
     before = node_rules.build(spec())
     same = node_rules.build(spec(), before.watchlist_indexes, before.collector_indexes)
@@ -117,8 +130,13 @@ def test_a_new_name_in_an_old_place_begins_at_zero():
 
 
 def test_more_names_than_places_are_refused():
-    with pytest.raises(classifier.LimitExceeded):
-        node_rules.Indexes().follow([str(i) for i in range(17)], 0, 16)
+    names = [str(i) for i in range(256)]
+    assert sorted(node_rules.Indexes().follow(names[:255], 1, 256).names.values()) == [
+        *range(1, 256)
+    ]
+    for count, first, limit in ((17, 0, 16), (256, 1, 256)):
+        with pytest.raises(classifier.LimitExceeded):
+            node_rules.Indexes().follow(names[:count], first, limit)
 
 
 def rules_of(built: node_rules.Program) -> list[classifier.Rule]:

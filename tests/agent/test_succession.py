@@ -128,6 +128,34 @@ def test_a_watchlist_that_is_another_one_now_begins_at_zero(pins):
     assert not any(opened.watchlist(1).values())
 
 
+def test_packet_in_a_slot_is_pending_for_its_watchlist(pins):
+    maps = make(pins, "only")
+    put(maps, "watchlist_counters", 3, words(watched=6, reported=3))
+    slots, states = bpf_calls.Map.open(maps / "slots"), bpf_types.SlotState
+    owners = [(states.PENDING, 3)] * 2 + [(states.PENDING, 4), (states.EGRESSED, 3)]
+    for index, (state, watchlist) in enumerate(owners):
+        owner = 0x1000 | state | watchlist << bpf_types.OWNER_WATCHLIST_SHIFT
+        slots.update(struct.pack("=I", index), struct.pack("=Q56x", owner))
+    found = counters.Counters(maps)
+    assert found.slots().pending == {3: 2, 4: 1}
+    assert found.identity(3).pending == 2
+    assert found.identity(3).watched_difference == 1
+
+
+def test_drops_behind_the_egress_hook_are_drops_of_the_identity(pins):
+    maps = make(pins, "only")
+    counted = words(dropped=2, dropped_late=3, drops_reported=4)
+    put(maps, "watchlist_counters", 3, counted)
+    assert counters.Counters(maps).identity(3).drops_difference == 1
+
+
+def test_a_sum_of_which_one_cpu_counted_down_is_below_zero(pins):
+    """As it can be read while packets are on their way; 2^64 - 1 it never is."""
+    maps = make(pins, "only")
+    put(maps, "watchlist_counters", 3, words(watched=-2), words(watched=1))
+    assert counters.Counters(maps).watchlist(3)["watched"] == -1
+
+
 def test_an_older_version_without_carried_counters_can_be_taken_over(pins):
     old, new = make(pins, "old"), make(pins, "new")
     for pin in list(old.iterdir()):

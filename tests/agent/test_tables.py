@@ -262,6 +262,22 @@ def test_a_commit_that_fails_leaves_the_old_rules_and_the_next_one_mends_it(prob
         rules = edited
 
 
+def test_bank_written_in_part_is_written_whole_next(probe, judge):
+    """Also where the next rules are those that the bank held before."""
+    writer, compiler = Failing(probe.maps), classifier.Compiler()
+    world = reference_classifier.World(10)
+    one, other, failing = (world.rules(100) for _ in range(3))
+    images = [compiler.compile(rules) for rules in (one, other, failing)]
+    writer.commit(images[0], {}, {})
+    writer.commit(images[1], {}, {})
+    writer.failing = "collectors"  # the last table of a commit
+    with pytest.raises(OSError, match="no memory to map"):
+        writer.commit(images[2], {}, {})
+    writer.failing = ""
+    writer.commit(images[0], {}, {})
+    judge.judge(one, 10, 2500)
+
+
 def mapped_bytes() -> int:
     """Memory of BPF maps in this process."""
     total = 0

@@ -92,6 +92,21 @@ REFUSED = {
         "spec.report.interval",
         "at least 10ms",
     ),
+    "interval-too-long": Refused(
+        "IntWatchlist", watchlist(report={"interval": "61m"}), "spec.report.interval", "at most 1h"
+    ),
+    "latency-change-too-long": Refused(
+        "IntWatchlist",
+        watchlist(report={"latencyChange": "3601s"}),
+        "spec.report.latencyChange",
+        "at most 1h",
+    ),
+    "congestion-latency-too-long": Refused(
+        "IntWatchlist",
+        watchlist(report={"congestionLatency": "2h"}),
+        "spec.report.congestionLatency",
+        "at most 1h",
+    ),
     "interval-without-unit": Refused(
         "IntWatchlist",
         watchlist(report={"interval": "10"}),

@@ -65,19 +65,43 @@ REVIEW = "/apis/authorization.k8s.io/v1/selfsubjectrulesreviews"
 FOR_ALL = {"authentication.k8s.io", "authorization.k8s.io"}
 
 
-def test_an_agent_has_no_right_that_is_not_listed_here(as_agent):
-    status, text = as_agent.send("POST", REVIEW, {"spec": {"namespace": NAMESPACE}})
+READ, FOLLOW = {"get", "list", "watch"}, {"list", "watch"}
+RIGHTS = {
+    "hostint-agent": {"intnodeconfigs": READ, "intnodeconfigs/status": {"patch"}},
+    "hostint-operator": {
+        "intwatchlists": FOLLOW,
+        "intcollectors": FOLLOW,
+        "intwatchlists/status": {"patch"},
+        "intcollectors/status": {"patch"},
+        "intnodeconfigs": FOLLOW | {"create", "patch"},
+        "nodes": FOLLOW,
+        "services": FOLLOW,
+        "endpointslices": FOLLOW,
+        "pods": FOLLOW,
+        "leases": {"create", "get", "update"},
+    },
+}
+
+
+# Of these the operator sees none in other namespaces.
+IN_ITS_NAMESPACE = {"pods", "leases"}
+
+
+@pytest.mark.parametrize("namespace", [NAMESPACE, "kube-system"])
+@pytest.mark.parametrize("name", RIGHTS)
+def test_an_account_has_exactly_the_rights_listed_here(installed, name, namespace):
+    account = Account(installed, accounts.token(installed, NAMESPACE, name))
+    status, text = account.send("POST", REVIEW, {"spec": {"namespace": namespace}})
     assert status == 201, text
-    rules = [
-        r for r in json.loads(text)["status"]["resourceRules"] if r["apiGroups"][0] not in FOR_ALL
-    ]
-    found = {(name, verb) for r in rules for name in r["resources"] for verb in r["verbs"]}
-    assert found == {
-        ("intnodeconfigs", "get"),
-        ("intnodeconfigs", "list"),
-        ("intnodeconfigs", "watch"),
-        ("intnodeconfigs/status", "patch"),
-    }
+    found: dict[str, set[str]] = {}
+    for rule in json.loads(text)["status"]["resourceRules"]:
+        if rule["apiGroups"][0] not in FOR_ALL:
+            for resource in rule["resources"]:
+                found.setdefault(resource, set()).update(rule["verbs"])
+            if "update" in rule["verbs"]:
+                assert rule["resourceNames"] == ["hostint-operator"]  # of leases, its own
+    elsewhere = IN_ITS_NAMESPACE if namespace != NAMESPACE else set()
+    assert found == {what: verbs for what, verbs in RIGHTS[name].items() if what not in elsewhere}
 
 
 @pytest.mark.parametrize(

@@ -21,41 +21,14 @@ import yaml
 from hostint_api import names
 
 CRDS = pathlib.Path(__file__).parents[2] / "crds"
+MANIFESTS = pathlib.Path(__file__).parents[2] / "manifests"
 RUN_LABEL = "test.hostint.dev/run"
 
-CLUSTER_RULES = [
-    {"apiGroups": [""], "resources": ["nodes", "services"], "verbs": ["list", "watch"]},
-    {
-        "apiGroups": ["discovery.k8s.io"],
-        "resources": ["endpointslices"],
-        "verbs": ["list", "watch"],
-    },
-    {
-        "apiGroups": [names.GROUP],
-        "resources": [names.WATCHLISTS, names.COLLECTORS],
-        "verbs": ["list", "watch"],
-    },
-    {
-        "apiGroups": [names.GROUP],
-        "resources": [f"{names.WATCHLISTS}/status", f"{names.COLLECTORS}/status"],
-        "verbs": ["patch"],
-    },
-    {
-        "apiGroups": [names.GROUP],
-        "resources": [names.NODE_CONFIGS],
-        "verbs": ["list", "watch", "create", "patch"],
-    },
-]
-NAMESPACE_RULES = [
-    {"apiGroups": [""], "resources": ["pods"], "verbs": ["list", "watch"]},
-    {"apiGroups": ["coordination.k8s.io"], "resources": ["leases"], "verbs": ["create"]},
-    {
-        "apiGroups": ["coordination.k8s.io"],
-        "resources": ["leases"],
-        "resourceNames": ["hostint-operator"],
-        "verbs": ["get", "update"],
-    },
-]
+
+def _rules(kind: str) -> list[dict[str, Any]]:
+    """What the manifests let the operator do."""
+    objects = yaml.safe_load_all((MANIFESTS / "operator.yaml").read_text())
+    return next(list(each["rules"]) for each in objects if each["kind"] == kind)
 
 
 def until(what: str, condition: Callable[[], Any], seconds: float = 20.0) -> Any:
@@ -87,7 +60,8 @@ class Cluster:
 
     def __init__(self, api_server: Any, directory: pathlib.Path) -> None:
         self.api_server = api_server
-        self.run = uuid.uuid4().hex[:6]
+        # With a letter before it: kubectl reads 6257e4 in YAML as a number.
+        self.run = f"r{uuid.uuid4().hex[:6]}"
         self.namespace = f"hostint-{self.run}"
         self.nodes = [f"n1-{self.run}", f"n2-{self.run}"]
         self.directory = directory
@@ -117,7 +91,7 @@ class Cluster:
         self.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": wide})
         self.apply(
             {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": meta},
-            {"apiVersion": v1, "kind": "Role", "metadata": meta, "rules": NAMESPACE_RULES},
+            {"apiVersion": v1, "kind": "Role", "metadata": meta, "rules": _rules("Role")},
             {
                 "apiVersion": v1,
                 "kind": "RoleBinding",
@@ -125,7 +99,12 @@ class Cluster:
                 "subjects": subject,
                 "roleRef": role,
             },
-            {"apiVersion": v1, "kind": "ClusterRole", "metadata": wide, "rules": CLUSTER_RULES},
+            {
+                "apiVersion": v1,
+                "kind": "ClusterRole",
+                "metadata": wide,
+                "rules": _rules("ClusterRole"),
+            },
             {
                 "apiVersion": v1,
                 "kind": "ClusterRoleBinding",

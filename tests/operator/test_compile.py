@@ -281,7 +281,7 @@ def test_no_rule_has_the_id_that_means_no_rule(monkeypatch: pytest.MonkeyPatch) 
     assert compiler.rule_ids([("w", "a")]) == {("w", "a"): 1}
 
 
-def test_rule_ids_stay_when_another_watchlist_is_no_longer_accepted(
+def test_rule_ids_stay_when_another_watchlist_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Two rules have the same hash, and the one that comes first loses its collector."""

@@ -2,6 +2,7 @@
 """How the users' objects come in: in any order, valid or not, and without a trace on them."""
 
 import asyncio
+import itertools
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hostint_operator import desired_state, intake
+from hostint_operator.kube import client
 
 RULES = {"rules": [{"name": "all"}]}
 
@@ -151,3 +153,55 @@ def test_kopf_keeps_nothing_on_objects() -> None:
     assert not patch
     assert not chosen.posting.enabled
     assert chosen.peering.standalone
+
+
+def test_kopf_does_not_watch_what_it_is_not_asked_to() -> None:
+    """Scanning would have it read every CRD of the cluster."""
+    assert intake.settings().scanning.disabled
+
+
+def test_kopf_retries_for_ever_and_waits_half_a_minute_at_most() -> None:
+    """After the last pause of a finite list it would end the operator."""
+    pauses = list(itertools.islice(iter(intake.settings().networking.error_backoffs), 1000))
+    assert pauses[:6] == [1.0, 2.0, 4.0, 8.0, 16.0, 30.0]
+    assert set(pauses[6:]) == {30.0}
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"), [("DELETED", []), ("MODIFIED", ["w"]), (None, ["w"])]
+)
+def test_kopf_event_is_taken_as_what_it_is(kind: str | None, expected: list[str]) -> None:
+    """None: of the list that a watch begins with."""
+    f = Fixture()
+    f.intake.put("watchlist", body(5))
+    registry = intake.register(f.intake, login)
+    handlers = {str(h.id): h.fn for h in registry._watching.get_all_handlers()}
+    event = {"type": kind, "object": body(7, generation=2)}
+    asyncio.run(handlers["see-watchlist"](event=event))  # type: ignore[arg-type]
+    assert list(f.state.watchlists) == expected
+    assert all(w.generation == 2 for w in f.state.watchlists.values())
+
+
+def test_kopf_logs_in_with_the_operators_credentials() -> None:
+    found = client.Credentials("https://s", "/ca", "/cert", "/key", "token", verify=True)
+
+    async def give() -> client.Credentials:
+        return found
+
+    registry = intake.register(Fixture().intake, give)
+    (handler,) = registry._activities.get_all_handlers()
+    info = asyncio.run(handler.fn())  # type: ignore[call-arg, arg-type]
+    assert (info.server, info.ca_path, info.token) == ("https://s", "/ca", "token")
+    assert (info.certificate_path, info.private_key_path) == ("/cert", "/key")
+    assert info.insecure is False
+
+
+def test_deletions_older_than_a_sweep_are_forgotten() -> None:
+    """Or the operator would grow with every object that there ever was."""
+    f = Fixture()
+    f.intake.put("watchlist", body(5))
+    f.intake.drop("watchlist", "w", 7)
+    sweep(f, Lists(6))
+    assert f.intake._deleted == {("watchlist", "w"): 7}
+    sweep(f, Lists(9))
+    assert f.intake._deleted == {}

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line, and that only the holder of the lease writes."""
+"""The command line, what the probes are told, and that only the holder of the lease writes."""
 
 import asyncio
 import pathlib
 import subprocess
 import sys
+import time
 from typing import Any
 
 import pytest
 
 from hostint_operator import __main__ as program
+from hostint_operator import reconcile
 from hostint_operator.kube import client
 
 
@@ -109,5 +111,48 @@ def test_only_the_holder_of_the_lease_writes(
             return
         with pytest.raises(client.ApiError, match="does not hold the lease"):
             await apply
+
+    asyncio.run(work())
+
+
+def operator() -> program.Operator:
+    return program.Operator(Applied(), program.parse([], {}))  # type: ignore[arg-type]
+
+
+def test_operator_that_is_stuck_is_not_alive() -> None:
+    """In one write, or in the sweep; a write or a sweep that takes its time is neither."""
+
+    async def work() -> None:
+        made = operator()
+        made._swept.set()
+        key, now = reconcile.Key("node", "n1"), time.monotonic()
+        made.reconciler.busy_since[key] = now - program.STUCK_S + 10
+        made._swept_at = now - program.STUCK_S + 10
+        assert made._dead() == []
+        made.reconciler.busy_since[key] = now - program.STUCK_S - 10
+        made._swept_at = now - program.STUCK_S - 20
+        assert made._dead() == [
+            "node n1 is being worked on for 130 s",
+            "no sweep for 140 s",
+        ]
+
+    asyncio.run(work())
+
+
+def test_operator_is_ready_when_everything_is_known_and_watched() -> None:
+    async def work() -> None:
+        made = operator()
+        everything = set(made._not_ready())
+        lists = {f"{name} not listed yet" for name in made.observers.reflectors}
+        assert everything == {*lists, "the custom resources are not served yet"}
+        for reflector in made.observers.reflectors.values():
+            reflector.synced.set()
+        assert made._not_ready() == ["the custom resources are not served yet"]
+        made._swept.set()
+        assert made._not_ready() == ["not everything that is compiled from is known yet"]
+        made._compiling = True
+        assert made._not_ready() == ["the watch of the custom resources has not started"]
+        made._kopf_ready.set()
+        assert made._not_ready() == []
 
     asyncio.run(work())

@@ -22,20 +22,29 @@ class MemoryApi:
     def __init__(self) -> None:
         self.objects: dict[str, dict[str, Any]] = {}
         self.writes: list[tuple[str, str]] = []
+        self.times: dict[str, list[float]] = {}  # of all attempts, by path
         self.failures = 0  # so many of the next writes fail
+        self.failure = client.ApiError(503, "try later")
+        self.uids: dict[str, str] = {}  # of what is there, where it is not what the caller knows
+        self.before_answer: Callable[[str], None] = lambda path: None
         self._version = 1000
 
     async def apply(self, path: str, intent: dict[str, Any], manager: str) -> dict[str, Any]:
+        self.times.setdefault(path, []).append(asyncio.get_running_loop().time())
         await asyncio.sleep(0)
         if self.failures:
             self.failures -= 1
-            raise client.ApiError(503, "try later")
+            raise self.failure
+        wanted = intent["metadata"].get("uid")
+        if path in self.uids and wanted not in (None, self.uids[path]):
+            raise client.ApiError(409, "the uid in the precondition does not match")
         self.writes.append((path, manager))
         self._version += 1
         known = self.objects.get(path, {"metadata": {"uid": f"uid-{path}", "generation": 1}})
         metadata = {"resourceVersion": str(self._version)} | known["metadata"] | intent["metadata"]
         metadata["resourceVersion"] = str(self._version)
         self.objects[path] = {**intent, "metadata": metadata}
+        self.before_answer(path)
         return self.objects[path]
 
 
@@ -47,10 +56,11 @@ class Fixture:
         self.api = MemoryApi()
         self.state = desired_state.State()
         self.leads = True
+        self.metrics = http.Metrics()
         self.reconciler = reconcile.Reconciler(
             self.api,  # type: ignore[arg-type]
             self.state,
-            http.Metrics(),
+            self.metrics,
             may_write=lambda: self.leads,
         )
 

@@ -117,6 +117,30 @@ def test_it_asks_to_be_looked_at_again_when_time_alone_will_change_it() -> None:
     assert told([FAILED], before=failing.status, now=LATER).look_again_s is None
 
 
+def test_trouble_after_a_long_good_time_is_reconciling_first() -> None:
+    """The grace begins when it stopped to be ready, not when it became ready."""
+    ready = told([READY]).status
+    failing = told([FAILED], before=ready, now=LATER)
+    assert kstatus(failing.status, 3) == "InProgress"
+    assert failing.look_again_s == status.GRACE_S
+
+
+def test_more_failing_nodes_than_are_named_are_counted() -> None:
+    def words(count: int) -> str:
+        nodes = [status.NodeView(f"f{i}", "failed", "R", "m") for i in range(count)]
+        return str(condition(told(nodes).status, "Ready")["message"])
+
+    assert words(3) == "3 of 3 nodes failed: f0: m; f1: m; f2: m"
+    assert words(5) == "5 of 5 nodes failed: f0: m; f1: m; f2: m; and 2 more"
+
+
+def test_no_node_is_told_apart_from_no_matching_node() -> None:
+    known = build.watchlist("w", labels={"a": "b"})
+    selecting = status.watchlist_status(known, GOOD, [], NOW).status
+    assert condition(selecting, "Ready")["message"] == "the nodeSelector matches no node"
+    assert condition(told([]).status, "Ready")["message"] == "the cluster has no node"
+
+
 def test_the_same_state_gives_the_same_status_whenever_it_is_asked() -> None:
     for nodes in ([READY], [READY, FAILED], [READY, PENDING], []):
         first = told(nodes)

@@ -125,6 +125,11 @@ def test_what_is_no_report_is_refused_with_the_reason(data, words):
         decode.decode(data)
 
 
+def test_another_version_is_not_read_as_this_one():
+    with pytest.raises(v05.MalformedReport, match="version 1 is not 0"):
+        v05.decode(bytes.fromhex("12200000") + bytes(40))
+
+
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [

@@ -67,6 +67,22 @@ def test_the_earliest_of_several_delays_counts() -> None:
     run(work())
 
 
+def test_earliest_delay_counts_for_a_running_key_too() -> None:
+    async def work() -> None:
+        queue: work_queue.WorkQueue[str] = work_queue.WorkQueue()
+        loop = asyncio.get_running_loop()
+        queue.add("a")
+        await queue.get()
+        started = loop.time()
+        for delay_s in (5.0, 0.1, 3.0):
+            queue.add("a", delay_s)
+        queue.done("a")
+        await queue.get()
+        assert 0.09 <= loop.time() - started < 2.0
+
+    run(work())
+
+
 def test_a_waiting_getter_is_woken_by_an_earlier_key() -> None:
     async def work() -> None:
         queue: work_queue.WorkQueue[str] = work_queue.WorkQueue()
