@@ -112,7 +112,8 @@ static __always_inline void observe_delivery(__u64 address, struct __sk_buff *co
 	read_tuple(scratch, &skb, &config->tunnels);
 	if (!context && !ends_in_host(scratch->key.protocol))
 		return;
-	if (scratch->fingerprint != fingerprint) {
+	if (scratch->fingerprint != fingerprint ||
+	    !(shares_an_address(&scratch->key, &scratch->arrived) || is_tunnel(&scratch->arrived, &config->tunnels))) {
 		disown_slot(slot, owner);
 		return;
 	}

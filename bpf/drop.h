@@ -186,7 +186,8 @@ static __always_inline void observe_drop(__u64 address, __u32 kernel_reason, str
 	scratch->arrived = slot->key;
 	fingerprint = slot->fingerprint;
 	read_tuple(scratch, &skb, &config->tunnels);
-	if (scratch->fingerprint != fingerprint || (reason->flags & DROP_OF_COPY)) {
+	if (scratch->fingerprint != fingerprint || (reason->flags & DROP_OF_COPY) ||
+	    (state != SLOT_REWRITTEN && !shares_an_address(&scratch->key, &scratch->arrived))) {
 		count(COUNT_STALE_DROP);
 		return;
 	}

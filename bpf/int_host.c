@@ -154,7 +154,7 @@ static __always_inline bool has_left(__u32 ifindex, const struct slot *slot, __u
 {
 	if (owner_state(owner) == SLOT_DELIVERED || !is_same_tuple(&scratch->key, &slot->key))
 		return false;
-	return owner_state(owner) == SLOT_EGRESSED || slot->ifindex != ifindex;
+	return owner_state(owner) != SLOT_SENT || slot->ifindex != ifindex;
 }
 
 int egress(struct __sk_buff *skb)
@@ -202,7 +202,9 @@ int egress(struct __sk_buff *skb)
 	seen.translated = leaving.translated;
 	seen.egress_ifindex = ifindex;
 	if (likely(leaving.owner)) {
-		__u64 settled = owner_word(address, leaving.watchlist, SLOT_EGRESSED);
+		bool kept = parsed && (is_same_tuple(&scratch->key, &slot->key) ||
+				       shares_an_address(&scratch->key, &slot->key));
+		__u64 settled = owner_word(address, leaving.watchlist, kept ? SLOT_EGRESSED : SLOT_REWRITTEN);
 
 		seen.ingress_ns = slot->arrival_ns;
 		seen.ingress_ifindex = slot->ifindex;

@@ -63,7 +63,7 @@ static __always_inline enum slot_state owner_state(__u64 owner)
 
 static __always_inline bool has_egressed(enum slot_state state)
 {
-	return state == SLOT_EGRESSED || state == SLOT_SENT;
+	return state == SLOT_EGRESSED || state == SLOT_SENT || state == SLOT_REWRITTEN;
 }
 
 static __always_inline __u16 owner_watchlist(__u64 owner)
@@ -107,6 +107,16 @@ static __always_inline bool is_same_tuple(const struct flow_key *one, const stru
 	const __u64 *a = (const __u64 *)one, *b = (const __u64 *)other;
 
 	return a[0] == b[0] && a[1] == b[1] && a[2] == b[2] && a[3] == b[3] && a[4] == b[4];
+}
+
+/* NAT seldom changes both addresses; who sends the same bytes to somebody else has neither in common. */
+static __always_inline bool shares_an_address(const struct flow_key *one, const struct flow_key *other)
+{
+	const __u64 *a = (const __u64 *)one->source, *b = (const __u64 *)other->source;
+	const __u64 *c = (const __u64 *)one->destination, *d = (const __u64 *)other->destination;
+
+	return one->family == other->family &&
+	       ((a[0] == b[0] && a[1] == b[1]) || (c[0] == d[0] && c[1] == d[1]));
 }
 
 /* A reply may be alike in all that a fingerprint is made of (ICMPv6 echo), and often gets the memory of the request. */

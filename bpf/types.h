@@ -65,6 +65,7 @@ enum slot_state {
 	SLOT_DELIVERED = 3, /* taken by a socket of the host, or by the host; may still be dropped there */
 	SLOT_EGRESSED = 4,  /* handed to the egress device, whose queue may still drop it, or to a pod's socket */
 	SLOT_SENT = 5,	    /* the same, sent by the host itself */
+	SLOT_REWRITTEN = 6, /* as EGRESSED, with neither address that it came with: NAT of both, or a tunnel */
 };
 
 /* The parts of slot.owner: enum slot_state, address of the packet, watchlist that counts it (0: none (yet)). */

@@ -79,6 +79,7 @@ class SlotState(enum.IntEnum):
     DELIVERED = 3
     EGRESSED = 4
     SENT = 5
+    REWRITTEN = 6
 
 
 OWNER_STATE = 0x7

@@ -177,6 +177,26 @@ def test_there_and_back_with_other_maps_every_packet_still_has_an_outcome(
     assert_nothing_lost(scene, outcome, unresolved=IN_FLIGHT)
 
 
+def tagging(directory: Path) -> Path:
+    """Sources that do as earlier versions did: they leave a tag in tc_index, and know packets in other slots."""
+    made = version(directory, "tagging", other_maps=True)
+    main = made / loader.MAIN_SOURCE
+    text = main.read_text()
+    counted = "\tif (watchlist)\n\t\tcount_watched("
+    assert text.count(counted) == 1
+    tag = "\tskb->tc_index = (__u16)((now >> 5) | 0x8000);\n"
+    main.write_text(text.replace(counted, tag + counted))
+    return made
+
+
+def test_from_programs_that_tag_packets_and_back_every_packet_has_an_outcome(
+    scene, delivery, tmp_path
+):
+    first, tags = loader.default_bpf_dir(), tagging(tmp_path)
+    outcome = under_load(scene, delivery, lambda: replace(scene, [tags, first]))
+    assert_nothing_lost(scene, outcome, unresolved=IN_FLIGHT)
+
+
 def map_id(pin: Path) -> int:
     """Kernel id of a pinned map."""
     opened = bpf_calls.Map.open(pin)
