@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from hostint_agent import settings
 from hostint_agent.doctor import (
+    cni_checks,
     collector_checks,
     datapath_checks,
     delivery_checks,
@@ -50,6 +51,7 @@ def _datapath(chosen: settings.Settings) -> Iterator[Finding]:
     yield from _each("interfaces", lambda: datapath_checks.attachments(chosen.patterns, loaded))
     links = chosen.pin_dir / "links"
     yield from _each("delivery", lambda: delivery_checks.check(chosen.cgroup_root, links, loaded))
+    yield from _each("cni", lambda: cni_checks.check(chosen.patterns, loaded))
 
 
 def _each(name: str, check: Callable[[], Finding | Iterable[Finding]]) -> Iterator[Finding]:
