@@ -105,19 +105,21 @@ static __always_inline __u32 reason_index(__u32 reason)
 }
 
 /*
- * Freed as dropped, though it has reached those whom it was for: an echo reply is read as a clone, by a raw socket, and
- * of a group's frame that a bridge floods, the host gets the original.
+ * Freed with a drop reason although the packet got where it was going: an echo reply is read as a clone, by a raw socket; of
+ * a group's frame that a bridge floods, the host gets the original; and a segment that TCP takes in TIME_WAIT is freed
+ * without a reason (tcp_v4_rcv), behind its IP header. What TCP really drops has a reason.
  */
-static __always_inline bool is_no_death(const struct drop_reason *reason, const struct flow_key *key,
-					const struct kernel_skb *skb)
+static __always_inline bool is_benign_free(const struct drop_reason *reason, const struct flow_key *key,
+					   const struct kernel_skb *skb)
 {
 	__u8 first = 0;
 
 	if (reason->flags & DROP_NOT_ECHO_REPLY)
 		return (key->protocol == PROTO_ICMP && key->destination_port == ICMP_ECHO_REPLY) ||
 		       (key->protocol == PROTO_ICMPV6 && key->destination_port == ICMPV6_ECHO_REPLY);
-	if (!(reason->flags & DROP_NOT_GROUP) || skb->mac_header == MAC_HEADER_UNSET ||
-	    skb->mac_header == skb->network_header)
+	if ((reason->flags & DROP_NOT_ABOVE_IP) && skb->data > skb->head + skb->network_header)
+		return true;
+	if (!(reason->flags & DROP_NOT_GROUP) || !has_ethernet_header(skb))
 		return false;
 	READ_FIELD(first, skb->head + skb->mac_header, 0);
 	return first & 1;
@@ -148,6 +150,16 @@ static __always_inline bool was_dropped_elsewhere(const struct kernel_skb *skb, 
 	if (!skb->device)
 		return state != SLOT_DELIVERED;
 	return netns_of_device(skb->device, config, ifindex) != config->netns_cookie;
+}
+
+/* Whether a packet with the bytes of the slot's may be that one: others send the same bytes elsewhere. */
+static __always_inline bool may_have_tuple(const struct flow_key *now, const struct flow_key *arrived,
+					   enum slot_state state)
+{
+	if (state == SLOT_REWRITTEN)
+		return true;
+	/* NAT comes before our hook on the way out */
+	return state == SLOT_SENT ? is_same_tuple(now, arrived) : shares_an_address(now, arrived);
 }
 
 /* A packet that has the address of a watched one was freed as dropped. */
@@ -186,15 +198,15 @@ static __always_inline void observe_drop(__u64 address, __u32 kernel_reason, str
 	scratch->arrived = slot->key;
 	fingerprint = slot->fingerprint;
 	read_tuple(scratch, &skb, &config->tunnels);
+	set_generation(&scratch->key, scratch->arrived.generation);
 	if (scratch->fingerprint != fingerprint || (reason->flags & DROP_OF_COPY) ||
-	    (state != SLOT_REWRITTEN && !shares_an_address(&scratch->key, &scratch->arrived))) {
+	    !may_have_tuple(&scratch->key, &scratch->arrived, state)) {
 		count(COUNT_STALE_DROP);
 		return;
 	}
-	set_generation(&scratch->key, scratch->arrived.generation);
 	if (was_dropped_elsewhere(&skb, state, config, &ifindex))
 		return;
-	if (is_no_death(reason, &scratch->key, &skb)) {
+	if (is_benign_free(reason, &scratch->key, &skb)) {
 		end_unseen(slot, owner);
 		return;
 	}

@@ -16,6 +16,7 @@
 
 struct kernel_skb {
 	__u64 head;
+	__u64 data;
 	__u64 device; /* struct net_device; 0: none any more, as in a socket's queue */
 	__u32 tail;
 	__u16 mac_header;
@@ -30,6 +31,7 @@ struct kernel_skb {
 static __always_inline void read_skb(struct kernel_skb *skb, __u64 address, const struct config *config)
 {
 	READ_FIELD(skb->head, address, config->skb_head);
+	READ_FIELD(skb->data, address, config->skb_data);
 	READ_FIELD(skb->device, address, config->skb_dev);
 	READ_FIELD(skb->tail, address, config->skb_tail);
 	READ_FIELD(skb->mac_header, address, config->skb_mac_header);

@@ -134,6 +134,7 @@ struct config {
 	/* byte offsets in kernel structs, from BTF; 0 where the kernel has no such member */
 	__u32 skb_dev;
 	__u32 skb_head;
+	__u32 skb_data;
 	__u32 skb_tail;
 	__u32 skb_mac_header;
 	__u32 skb_network_header;
@@ -153,6 +154,7 @@ enum drop_flag {
 	DROP_NOT_ECHO_REPLY = 16, /* no death of an echo reply: who asked has read a clone of it */
 	DROP_NOT_GROUP = 32,   /* no death of a frame for a group: the others have theirs, this host is no member */
 	DROP_OF_COPY = 64,     /* what dies for it is a packet socket's own copy */
+	DROP_NOT_ABOVE_IP = 128, /* no drop of a packet that a transport protocol has got: see is_benign_free */
 };
 
 /* What to do about one kernel drop reason; index: see DROP_REASONS. */

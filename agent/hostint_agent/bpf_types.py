@@ -162,6 +162,7 @@ class Config(ctypes.Structure):
         ("tunnels", TunnelPorts),
         ("skb_dev", ctypes.c_uint32),
         ("skb_head", ctypes.c_uint32),
+        ("skb_data", ctypes.c_uint32),
         ("skb_tail", ctypes.c_uint32),
         ("skb_mac_header", ctypes.c_uint32),
         ("skb_network_header", ctypes.c_uint32),
@@ -184,6 +185,7 @@ class DropFlag(enum.IntFlag):
     NOT_ECHO_REPLY = 16
     NOT_GROUP = 32
     OF_COPY = 64
+    NOT_ABOVE_IP = 128
 
 
 class DropReason(ctypes.Structure):

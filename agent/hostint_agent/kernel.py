@@ -51,6 +51,7 @@ class Offsets:
 
     skb_dev: int
     skb_head: int
+    skb_data: int
     skb_tail: int
     skb_mac_header: int
     skb_network_header: int
@@ -167,6 +168,7 @@ def offsets() -> Offsets:
     return Offsets(
         skb_dev=offset("sk_buff", "dev"),
         skb_head=offset("sk_buff", "head"),
+        skb_data=offset("sk_buff", "data"),
         skb_tail=offset("sk_buff", "tail"),
         skb_mac_header=offset("sk_buff", "mac_header"),
         skb_network_header=offset("sk_buff", "network_header"),
@@ -221,6 +223,7 @@ def drop_reason_entries(names: Mapping[int, str]) -> dict[int, bytes]:
         flags |= bpf_types.DropFlag.CHECK_TTL if name == "IP_INHDR" else 0
         flags |= bpf_types.DropFlag.NOT_ECHO_REPLY if name == "NO_SOCKET" else 0
         flags |= bpf_types.DropFlag.NOT_GROUP if name == "NOT_SPECIFIED" else 0
+        flags |= bpf_types.DropFlag.NOT_ABOVE_IP if name == "NOT_SPECIFIED" else 0
         flags |= bpf_types.DropFlag.OF_COPY if name == "PACKET_SOCK_ERROR" else 0
         entries[index] = bytes(bpf_types.DropReason(code=treatment.code, flags=int(flags)))
     return entries

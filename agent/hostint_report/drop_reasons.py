@@ -34,7 +34,7 @@ NAMES: dict[int, str] = {
     80: "denied by policy",
     82: "reverse path",
     89: "no forwarding entry",
-    92: "denied by egress policy",
+    92: "denied at an egress hook",
     93: "next hop unresolved",
     94: "protocol not handled",
     100: "IPv6 disabled",

@@ -337,6 +337,33 @@ def test_what_the_host_gets_a_second_time_is_counted_and_not_reported(routed):
     assert (outcome.reports, outcome.counters["drops_not_asked"]) == ([], 2)
 
 
+@pytest.mark.parametrize("version", [4, 6])
+def test_last_segment_of_a_connection_is_not_called_dropped(routed, delivery, version):
+    """The host closes first: the client's FIN is taken in TIME_WAIT, and freed without a reason."""
+    count, address = 100, routed.address(version)
+    before = watched(routed)
+    with no_drop(routed, delivery), contextlib.ExitStack() as stack:
+        server = stack.enter_context(
+            routed.host.socket(traffic.family_of(address), socket.SOCK_STREAM)
+        )
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.bind((address, PORT))
+        server.listen(count)
+        clients = []
+        for _ in range(count):
+            client = routed.client.namespace.socket(server.family, socket.SOCK_STREAM)
+            clients.append(stack.enter_context(client))
+            client.connect((address, PORT))
+            server.accept()[0].close()
+            assert client.recv(1) == b""
+        # the FIN has been acknowledged by then
+        time.sleep(0.3)
+        for client in clients:
+            client.close()
+        # SYN, ACK, ACK of the FIN, FIN
+        wait_until(lambda: watched(routed) >= before + 4 * count, "the clients have closed")
+
+
 # -- sockets that go away with unread data: it had been delivered, and nobody can say that it got lost on the way --
 
 

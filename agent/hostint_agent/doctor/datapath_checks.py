@@ -51,7 +51,7 @@ class Hook:
 
 def _opened(directory: Path, *, same_maps: bool) -> Loaded:
     """Look at a build; `same_maps`: its map `config` is like ours. Raises bpf_calls.BpfError."""
-    ids = {name: pinned.program(directory, name).id for name in loader.PROGRAMS}
+    ids = {name: pinned.program(directory, name).id for name in loader.programs()}
     if not same_maps:
         return Loaded(directory, ids, enabled=True, held=False, netns_cookie=0)
     config = pinned.config(directory)
@@ -78,7 +78,9 @@ def find(pin_dir: Path, bpf_dir: Path) -> tuple[Finding, Loaded | None]:
         return finding.failure("datapath", str(error), remedy), None
     current = pin_dir / source.build
     directory = current if current in builds else builds[-1]
-    missing = [f"program {n}" for n in loader.PROGRAMS if not (directory / "programs" / n).exists()]
+    missing = [
+        f"program {n}" for n in loader.programs() if not (directory / "programs" / n).exists()
+    ]
     if directory == current:
         maps = sorted(source.maps)
         missing += [f"map {n}" for n in maps if not (directory / "maps" / n).exists()]
@@ -153,12 +155,12 @@ def _would_be_watched(chosen: Sequence[interfaces.Interface]) -> Finding:
             if any(one.is_ours for one in clsact.filters(route, each.ifindex, direction))
         ]
     if left:
-        where = _listed([*dict.fromkeys(left)])
+        where = listed([*dict.fromkeys(left)])
         words = f"programs of ours whose maps are pinned nowhere run on {where}"
         remedy = "start the agent, which replaces them, or remove them with hostint-agent unload"
         return finding.warning("interfaces", words, remedy)
     kinds = [f"{interface.name} ({interface.kind})" for interface in chosen]
-    return finding.ok("interfaces", f"{len(chosen)} to watch: {_listed(kinds)}")
+    return finding.ok("interfaces", f"{len(chosen)} to watch: {listed(kinds)}")
 
 
 def _watched(chosen: Sequence[interfaces.Interface], loaded: Loaded) -> Iterator[Finding]:
@@ -166,7 +168,7 @@ def _watched(chosen: Sequence[interfaces.Interface], loaded: Loaded) -> Iterator
         found = [(each, _interface(route, each, loaded)) for each in chosen]
     right = [interface.name for interface, one in found if one.result == "ok"]
     if right:
-        words = f"our programs run first on {len(right)} of {len(chosen)}: {_listed(right)}"
+        words = f"our programs run first on {len(right)} of {len(chosen)}: {listed(right)}"
         yield finding.ok("interfaces", words)
     yield from (one for _, one in found if one.result != "ok")
 
@@ -199,7 +201,7 @@ def order(name: str, hooks: Sequence[Hook], programs: Mapping[str, int]) -> Find
         words = f"our program runs twice on {' and '.join(twice)}: packets are counted twice"
         return finding.failure(check, words, "stop every agent, unload, and start one agent")
     before = [
-        f"{h.direction}: {_listed([_words(*run) for run in others])}"
+        f"{h.direction}: {listed([_words(*run) for run in others])}"
         for h in hooks
         if (others := h.runs[: _ids(h).index(programs[h.direction])])
     ]
@@ -222,6 +224,7 @@ def _words(program: int, name: str) -> str:
     return f"{name} (program {program})" if name else f"program {program}"
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """Return names for people: the first ten, and how many more there are."""
     more = len(names) - _MOST_NAMES
     return ", ".join(names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")

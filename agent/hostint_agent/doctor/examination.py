@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from hostint_agent import settings
 from hostint_agent.doctor import (
+    cni_checks,
     collector_checks,
     datapath_checks,
+    delivery_checks,
     finding,
     http_checks,
     node_checks,
@@ -38,7 +40,7 @@ def examine(chosen: settings.Settings, collectors: Sequence[Destination]) -> Ite
 
 
 def _datapath(chosen: settings.Settings) -> Iterator[Finding]:
-    """What depends on what is loaded: whose network namespace it is, and which interfaces have its programs."""
+    """What depends on what is loaded: whose network namespace it is, and where its programs are."""
     loaded = None
     try:
         found, loaded = datapath_checks.find(chosen.pin_dir, chosen.bpf_dir)
@@ -47,6 +49,9 @@ def _datapath(chosen: settings.Settings) -> Iterator[Finding]:
         yield finding.unseen("datapath", error)
     yield from _each("network namespace", lambda: datapath_checks.network_namespace(loaded))
     yield from _each("interfaces", lambda: datapath_checks.attachments(chosen.patterns, loaded))
+    links = chosen.pin_dir / "links"
+    yield from _each("delivery", lambda: delivery_checks.check(chosen.cgroup_root, links, loaded))
+    yield from _each("cni", lambda: cni_checks.check(chosen.patterns, loaded))
 
 
 def _each(name: str, check: Callable[[], Finding | Iterable[Finding]]) -> Iterator[Finding]:

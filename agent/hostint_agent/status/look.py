@@ -159,7 +159,7 @@ class _Look:
         now = self._tally()
         config, slots = pinned.config(self._build), self._counters.slots()
         running, pid = pinned.agent(self._where.pin_dir)
-        programs = {name: pinned.program(self._build, name) for name in loader.PROGRAMS}
+        programs = {name: pinned.program(self._build, name) for name in loader.programs()}
         own_namespace = config.netns_cookie in (0, kernel.netns_cookie())
         ids = {name: program.id for name, program in programs.items()}
         hooks = hook_orders.read(self._maps, ids, config.node_id) if own_namespace else None

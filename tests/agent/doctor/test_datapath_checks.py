@@ -171,8 +171,8 @@ def test_the_order_on_a_hook_is_judged(ingress, egress, result, words):
 
 def test_of_many_interfaces_ten_are_named():
     names = [f"veth{number}" for number in range(12)]
-    assert datapath_checks._listed(names).endswith("veth8, veth9 and 2 more")
-    assert datapath_checks._listed(names[:10]).endswith("veth8, veth9")
+    assert datapath_checks.listed(names).endswith("veth8, veth9 and 2 more")
+    assert datapath_checks.listed(names[:10]).endswith("veth8, veth9")
 
 
 @pytest.mark.bpf
