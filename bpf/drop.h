@@ -192,7 +192,7 @@ static __always_inline void observe_drop(__u64 address, __u32 kernel_reason, str
 	watched_for = owner_watchlist(owner);
 	/* apart from the word that it is in, or the verifier learns of both at once and walks the classifier twice */
 	asm volatile("" : "+r"(watched_for));
-	state = owner_state(owner);
+	state = scratch->state = owner_state(owner);
 	arrival.arrival_ns = slot->arrival_ns;
 	arrival.ifindex = state == SLOT_SENT ? 0 : slot->ifindex;
 	scratch->arrived = slot->key;
@@ -204,6 +204,9 @@ static __always_inline void observe_drop(__u64 address, __u32 kernel_reason, str
 		count(COUNT_STALE_DROP);
 		return;
 	}
+	/* from memory again: the verifier walks what follows once, not for each state */
+	barrier();
+	state = READ_ONCE(scratch->state);
 	if (was_dropped_elsewhere(&skb, state, config, &ifindex))
 		return;
 	if (is_benign_free(reason, &scratch->key, &skb)) {

@@ -26,6 +26,7 @@ struct scratch {
 	struct flow_key arrived; /* as it came in */
 	struct packet_offsets offsets;
 	__u32 fingerprint;
+	__u32 state;	  /* enum slot_state of a dropped packet's slot */
 	__u32 translated; /* 1: the packet no longer carries the tuple that it came with */
 	/* read from kernel memory: see skb.h */
 	struct flow_key inner; /* inside a tunnel */
