@@ -152,7 +152,7 @@ static __always_inline bool is_departing(struct slot *slot, __u64 owner, bool pa
  */
 static __always_inline bool has_left(__u32 ifindex, const struct slot *slot, __u64 owner, const struct scratch *scratch)
 {
-	if (owner_state(owner) == SLOT_DELIVERED || !is_same_tuple(&scratch->key, &slot->key))
+	if (!is_same_tuple(&scratch->key, &slot->key))
 		return false;
 	return owner_state(owner) != SLOT_SENT || slot->ifindex != ifindex;
 }

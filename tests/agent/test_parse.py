@@ -285,6 +285,11 @@ def test_fingerprint_survives_repeated_numbers(fingerprints, repeats):
     assert len(set(fingerprints([ipv6(17, udp(9, number)) for number in numbers]))) == 4096
 
 
+def test_fingerprint_differs_between_protocols(fingerprints):
+    found = fingerprints([ipv4(protocol, bytes(20)) for protocol in (6, 47, 50, 89, 103, 112)])
+    assert len(set(found)) == 6
+
+
 def test_fingerprint_survives_an_identification_that_counts_along(fingerprints):
     """A sender whose payload and IPv4 identification hold the same number."""
     packets = [

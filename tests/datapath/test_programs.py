@@ -37,7 +37,8 @@ class Programs:
     def __init__(self, namespace: Namespace, datapath: datapaths.Datapath) -> None:
         self.namespace = namespace
         self.datapath = datapath
-        self._fds = {name: datapath.program(name) for name in ("ingress", "egress")}
+        names = ("ingress", "egress", "deliver")
+        self._fds = {name: datapath.program(name) for name in names}
         self._runners = {name: runner.Runner(fd) for name, fd in self._fds.items()}
         self._index = namespace.inside(lambda: socket.if_nametoindex(INTERFACE))
 
@@ -48,9 +49,14 @@ class Programs:
     def come(self, frame: bytes) -> None:
         assert self._runners["ingress"].run(frame, runner.context(ifindex=self._index)) == -1
 
-    def leave(self, frame: bytes) -> None:
-        given = runner.context(ifindex=self._index, ingress_ifindex=self._index)
+    def leave(self, frame: bytes, *, sent: bool = False) -> None:
+        """Forwarded, or sent by the host."""
+        given = runner.context(ifindex=self._index, ingress_ifindex=0 if sent else self._index)
         assert self._runners["egress"].run(frame, given) == -1
+
+    def taken(self, frame: bytes) -> None:
+        """A socket takes it."""
+        assert self._runners["deliver"].run(frame, runner.context()) == 1
 
     def inside(self, work: Callable[[], Any]) -> Any:
         """Do this in the namespace, on one CPU."""
@@ -100,6 +106,28 @@ def test_rules_that_change_meanwhile_judge_a_packet_that_leaves(programs):
     assert second.counters["reported"] > ROUNDS / 2
 
 
+def test_reply_like_its_request_in_all_but_direction_is_another_packet(programs):
+    """It often gets the memory of the request, of which it may not be seen that it was taken."""
+    content = bytes(range(16))
+    head = frames.transport(frames.UDP, 7, 7, 0)[:4] + (24).to_bytes(2, "big") + b"\0\0"
+    request, reply = (
+        frames.ethernet(frames.ipv4(a, b, frames.UDP, head + content))
+        for a, b in ((SOURCE, DESTINATION), (DESTINATION, SOURCE))
+    )
+
+    def send() -> list[bytes]:
+        programs.datapath.watch([datapaths.everything()])
+        for _ in range(ROUNDS):
+            programs.come(request)
+            programs.leave(reply, sent=True)
+        return programs.datapath.drain()
+
+    reports = [v05.decode(data) for data in programs.inside(send)]
+    assert {(report.ingress_port, report.hop_latency) for report in reports} == {(0, 0)}
+    assert len(reports) == ROUNDS
+    assert programs.datapath.identity().counters["unverified"] > ROUNDS / 2
+
+
 def vxlan(frame: bytes) -> bytes:
     return udp(
         frames.VXLAN_PORT, (8 << 24).to_bytes(4, "big") + (7 << 8).to_bytes(4, "big") + frame
@@ -142,6 +170,30 @@ def test_report_of_a_tunnel_shows_what_matched(programs, came, left, port, shown
             assert packet.source_address == str(ipaddress.ip_address(SOURCE))
             assert frames.checksum(report.packet[14:34]) == 0
             assert len(report.packet) == 14 + 20 + 8
+
+
+def test_what_a_tunnel_delivers_is_reported_for_the_tunnel(programs):
+    """The rule is about the tunnel, and a socket of the host takes what was inside."""
+    ports = ((frames.VXLAN_PORT, frames.VXLAN_PORT),)
+    rule = classifier.Rule(1, 1, REPORT, protocol=frames.UDP, destination_ports=ports)
+
+    def send() -> list[bytes]:
+        programs.datapath.config.set_port_is_ifindex(True)
+        programs.datapath.watch([rule])
+        for _ in range(ROUNDS):
+            programs.come(vxlan(INSIDE))
+            programs.taken(INSIDE)
+        return programs.datapath.drain()
+
+    reports = [v05.decode(data) for data in programs.inside(send)]
+    assert len(reports) > ROUNDS / 2
+    for report in reports:
+        assert inner.parse(report.packet).destination_port == frames.VXLAN_PORT
+        assert (report.ingress_port > 0, report.egress_port, report.hop_latency > 0) == (
+            True,
+            0,
+            True,
+        )
 
 
 LOCAL = v05.LocalReport(5, 77, 123_456, 0x0A630001, 3, 4, 234_567, packet=INSIDE)
