@@ -41,8 +41,6 @@ static __always_inline __u32 interface_of_pod(__u64 device, const struct config 
 	__u32 ifindex = 0;
 
 	READ_FIELD(peer, device, config->dev_priv);
-	if (!peer || peer == device)
-		return 0;
 	READ_FIELD(back, peer, config->dev_priv);
 	if (back != device || netns_of_device(peer, config, &ifindex) != config->netns_cookie)
 		return 0;

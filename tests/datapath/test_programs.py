@@ -79,11 +79,13 @@ def programs(namespace) -> Iterator[Programs]:
     os.sched_setaffinity(0, before)
 
 
-def udp(port: int, payload: bytes = b"", source: bytes = SOURCE) -> bytes:
+def udp(
+    port: int, payload: bytes = b"", *, source: bytes = SOURCE, destination: bytes = DESTINATION
+) -> bytes:
     """A frame with a UDP datagram."""
     head = frames.transport(frames.UDP, 40000, port, 0)[:4]
     datagram = head + (8 + len(payload)).to_bytes(2, "big") + b"\0\0" + payload
-    return frames.ethernet(frames.ipv4(source, DESTINATION, frames.UDP, datagram))
+    return frames.ethernet(frames.ipv4(source, destination, frames.UDP, datagram))
 
 
 def test_rules_that_change_meanwhile_judge_a_packet_that_leaves(programs):
@@ -134,7 +136,7 @@ def vxlan(frame: bytes) -> bytes:
     )
 
 
-INSIDE = udp(80, b"what is inside  ", source=b"\x0a\1\0\1")
+INSIDE = udp(80, b"what is inside  ", source=b"\x0a\1\0\1", destination=b"\x0a\1\0\2")
 
 
 @pytest.mark.parametrize(
@@ -188,7 +190,10 @@ def test_what_a_tunnel_delivers_is_reported_for_the_tunnel(programs):
     reports = [v05.decode(data) for data in programs.inside(send)]
     assert len(reports) > ROUNDS / 2
     for report in reports:
-        assert inner.parse(report.packet).destination_port == frames.VXLAN_PORT
+        packet = inner.parse(report.packet)
+        assert packet.source_address == str(ipaddress.ip_address(SOURCE))
+        assert packet.destination_port == frames.VXLAN_PORT
+        assert len(report.packet) == 14 + 20 + 8
         assert (report.ingress_port > 0, report.egress_port, report.hop_latency > 0) == (
             True,
             0,
