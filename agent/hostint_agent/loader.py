@@ -45,6 +45,11 @@ _PR_SET_PDEATHSIG = 1
 
 # bcc rewrites map access by these declarations, and makes the maps; those that another build's stand in for are made small
 _PRELUDE = """
+/*
+ * bcc puts bpf_probe_read in its place where /proc/kallsyms does not show it, as to a process without CAP_SYSLOG, and
+ * cgroup programs may not call that.
+ */
+#undef bpf_probe_read_kernel
 #ifdef MAPS_ARE_THERE
 #define ENTRIES(n) 1
 #else

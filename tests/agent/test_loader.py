@@ -6,6 +6,8 @@ import ctypes
 import os
 import shutil
 import struct
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -104,6 +106,17 @@ def ids_of_program(pin: Path) -> set[int]:
     bpf_calls.bpf(bpf_calls.OBJ_GET_INFO_BY_FD, attr, "object info")
     os.close(fd)
     return set(numbers[: struct.unpack_from("=I", info, 52)[0]])
+
+
+@pytest.mark.bpf
+def test_loader_needs_only_the_rights_of_the_container(pin_dir):
+    """Among others it cannot see the kernel's symbols, by which bcc looks for helpers."""
+    rights = ["setpriv", "--bounding-set=-all,+bpf,+net_admin,+perfmon", "--inh-caps=-all"]
+    load = "import pathlib, sys; from hostint_agent import loader; loader.load(pathlib.Path(sys.argv[1]))"
+    command = [*rights, sys.executable, "-c", load, str(pin_dir)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert len(loader.builds(pin_dir)) == 1
 
 
 @pytest.mark.bpf
