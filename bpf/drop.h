@@ -162,8 +162,44 @@ static __always_inline bool may_have_tuple(const struct flow_key *now, const str
 	return state == SLOT_SENT ? is_same_tuple(now, arrived) : shares_an_address(now, arrived);
 }
 
-/* A packet that has the address of a watched one was freed as dropped. */
-static __always_inline void observe_drop(__u64 address, __u32 kernel_reason, struct scratch *scratch)
+/*
+ * Add a call site with the name of its function to drop_functions. The kernel hides the addresses of
+ * symbols from a process without CAP_SYSLOG, such as the agent, but not from bpf_snprintf.
+ */
+static __always_inline void add_function(struct drop_site *site)
+{
+	struct drop_function added = {};
+	__u64 location = site->location;
+	__u32 index = 0;
+	const char *format = (const char *)symbol_format.lookup(&index);
+
+	if (!format)
+		return;
+	if (bpf_snprintf(added.name, sizeof(added.name), format, &location, sizeof(location)) < 0)
+		return;
+	/* Fails if another CPU has just added the site, or if the map is full. */
+	drop_functions.insert(site, &added);
+}
+
+/* Count a drop by the function that freed the packet. */
+static __always_inline void count_function(__u64 location, __u32 reason)
+{
+	struct drop_site site = {.location = location, .reason = reason};
+	struct drop_function *function = drop_functions.lookup(&site);
+
+	if (!function) {
+		add_function(&site);
+		function = drop_functions.lookup(&site);
+	}
+	if (function)
+		function->count++;
+	else
+		count(COUNT_DROP_FUNCTION_UNKNOWN);
+}
+
+/* A packet that has the address of a watched one was freed as dropped, at `location`. */
+static __always_inline void observe_drop(__u64 address, __u64 location, __u32 kernel_reason,
+					 struct scratch *scratch)
 {
 	const struct config *config = current_config();
 	__u32 index = reason_index(kernel_reason), side = side_of(live_generation()), ifindex = 0;
@@ -228,6 +264,8 @@ static __always_inline void observe_drop(__u64 address, __u32 kernel_reason, str
 	else
 		counters->dropped_late++;
 	*total += 1;
+	if (reason->flags & DROP_BY_FUNCTION)
+		count_function(location, index);
 	report_drop(config, side, watchlist, counters, &arrival, scratch, &skb, reason,
 		    has_egressed(state) ? ifindex : 0);
 }

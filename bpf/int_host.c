@@ -273,7 +273,7 @@ int drop(struct bpf_raw_tracepoint_args *ctx)
 		return 0;
 	}
 	WRITE_ONCE(scratch->busy, 1);
-	observe_drop(address, (__u32)ctx->args[2], scratch);
+	observe_drop(address, ctx->args[1], (__u32)ctx->args[2], scratch);
 	WRITE_ONCE(scratch->busy, 0);
 	return 0;
 }

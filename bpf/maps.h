@@ -42,3 +42,7 @@ PINNED_ARRAY(carried_drop_counters, __u64, DROP_REASONS);
 PINNED_PERCPU_ARRAY(watchlist_counters, struct watchlist_counters, NR_COUNTER_USERS * MAX_WATCHLISTS);
 PINNED_PERCPU_ARRAY(datapath_counters, __u64, NR_DATAPATH_COUNTERS);
 PINNED_PERCPU_ARRAY(drop_counters, __u64, DROP_REASONS);
+/* Drops whose reason does not say why, by the function that dropped the packet. */
+PINNED_PERCPU_HASH(drop_functions, struct drop_site, struct drop_function, MAX_DROP_FUNCTIONS);
+/* For bpf_snprintf, whose format must be in memory that nothing can change. */
+PINNED_CONSTANT(symbol_format, "%pB");

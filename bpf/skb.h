@@ -23,10 +23,8 @@ struct kernel_skb {
 	__u16 network_header;
 };
 
-/* bpf_probe_read_kernel; bcc may put the older bpf_probe_read in its place, which cgroup programs may not call */
-#define PROBE_READ_KERNEL ((long (*)(void *to, __u32 bytes, const void *from))113)
 #define READ_FIELD(destination, base, offset) \
-	PROBE_READ_KERNEL(&(destination), sizeof(destination), (void *)((base) + (offset)))
+	bpf_probe_read_kernel(&(destination), sizeof(destination), (void *)((base) + (offset)))
 
 static __always_inline void read_skb(struct kernel_skb *skb, __u64 address, const struct config *config)
 {
@@ -228,7 +226,7 @@ static __always_inline __u32 put_skb_snapshot(const struct kernel_skb *skb, __u3
 	if (bytes == 0 || bytes > SNAP_BYTES)
 		return skipped;
 	bytes = bounded(bytes);
-	if (PROBE_READ_KERNEL(to + skipped, bytes, (void *)(skb->head + start)) < 0) {
+	if (bpf_probe_read_kernel(to + skipped, bytes, (void *)(skb->head + start)) < 0) {
 		count(failed);
 		return skipped;
 	}

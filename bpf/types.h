@@ -16,6 +16,8 @@
 #define SNAP_BYTES 128     /* most of the inner packet that a report carries */
 #define DROP_REASONS 512   /* index: low 8 bits of the reason, +256 for any subsystem but the core */
 #define RINGS_PER_CPU 2
+#define MAX_DROP_FUNCTIONS 256
+#define FUNCTION_NAME_BYTES 56
 
 /* The rings of a CPU, and the hw id each writes under. */
 enum ring_kind {
@@ -155,13 +157,27 @@ enum drop_flag {
 	DROP_NOT_GROUP = 32,   /* no death of a frame for a group: the others have theirs, this host is no member */
 	DROP_OF_COPY = 64,     /* what dies for it is a packet socket's own copy */
 	DROP_NOT_ABOVE_IP = 128, /* no drop of a packet that a transport protocol has got: see is_benign_free */
+	DROP_BY_FUNCTION = 256, /* the reason does not say why: also counted by function */
+};
+
+/* Key of drop_functions. */
+struct drop_site {
+	__u64 location; /* in the kernel's code, of the call that freed the packet */
+	__u32 reason;   /* index: see DROP_REASONS */
+	__u32 pad;
+};
+
+/* Drops of one drop_site, per CPU. The CPU that saw the first one has the name, all others "". */
+struct drop_function {
+	__u64 count;
+	char name[FUNCTION_NAME_BYTES]; /* as the kernel formats %pB: "ip_error+0x1d/0x2c0" */
 };
 
 /* What to do about one kernel drop reason; index: see DROP_REASONS. */
 struct drop_reason {
-	__u8 code; /* INT drop reason */
-	__u8 flags; /* enum drop_flag, or-ed */
-	__u8 pad[6];
+	__u16 flags; /* enum drop_flag, or-ed */
+	__u8 code;   /* INT drop reason */
+	__u8 pad[5];
 };
 
 /* One slot of a ring: finished wire bytes. */
@@ -227,5 +243,6 @@ enum datapath_counter {
 	COUNT_DROP_EVICTED = 6,    /* as FLOW_EVICTED, for a drop */
 	COUNT_DROP_SNAPSHOT_FAILED = 7,
 	COUNT_DROP_NESTED = 8,     /* drops not looked at: during an upgrade, the other drop program was at work on that CPU */
-	NR_DATAPATH_COUNTERS = 9,
+	COUNT_DROP_FUNCTION_UNKNOWN = 9, /* drops without a place in drop_functions, or a name */
+	NR_DATAPATH_COUNTERS = 10,
 };

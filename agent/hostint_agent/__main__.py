@@ -265,10 +265,12 @@ def _counters(options: argparse.Namespace) -> int:
         for i in range(1, 256)
         if (c := opened.watchlist(i))["watched"]
     }
+    names = kernel.drop_reason_names()
     told = {
         "watchlists": watchlists,
         "datapath": opened.datapath(),
-        "drops": opened.drops(kernel.drop_reason_names()),
+        "drops": opened.drops(names),
+        "drop_functions": opened.drop_functions(names),
     }
     print(json.dumps(told, indent=2))  # noqa: T201
     return 0

@@ -42,6 +42,8 @@ from hostint_api import (
 VERSION = importlib.metadata.version("hostint")
 _CLOCK_INTERVAL_S = 1.0
 _MAX_MESSAGE = 256
+# of packets dropped, by the kernel's name of the reason
+_EVENTS = {"NOT_SPECIFIED": "packets dropped, kernel gives no reason"}
 
 log = structlog.get_logger()
 
@@ -78,6 +80,7 @@ class Agent:
         self._program = node_rules.build(NodeConfigSpec(node_id=0))
         self._compiler = classifier.Compiler()
         self._names = kernel.drop_reason_names()
+        self._logged_functions: set[tuple[str, str]] = set()
 
     def start(self) -> None:
         """Load, configure, attach. Blocks for a second or two when something must be compiled.
@@ -178,7 +181,7 @@ class Agent:
         self._keeper.save(good)
 
     async def keep_time(self) -> None:
-        """Follow the wall clock, and notice when a collector's health changes.
+        """Follow the wall clock, collectors, and functions that drop packets.
 
         Raises RuntimeError if a thread has ended: an agent that does half of its work must not look
         like one that does it. Anything else that fails here is logged and tried again.
@@ -193,9 +196,10 @@ class Agent:
             self._config.refresh_wall_offset()
             try:
                 before = self._follow_collectors(before)
+                self._log_drop_functions()
             except Exception as error:  # reports go on without it
                 if str(error) != failure:
-                    log.exception("health of collectors not known, retrying")
+                    log.exception("health of collectors or drops not known, retrying")
                 failure = str(error)
             else:
                 failure = ""
@@ -209,6 +213,15 @@ class Agent:
             self._tell_collectors(before, health)
             self.on_status()
         return health
+
+    def _log_drop_functions(self) -> None:
+        """Log each function, once, that drops packets for a reason that does not say why."""
+        for reason, functions in self._counters.drop_functions(self._names).items():
+            for function, count in functions.items():
+                if (reason, function) not in self._logged_functions:
+                    self._logged_functions.add((reason, function))
+                    event = _EVENTS.get(reason, "packets dropped, reason has no code")
+                    log.info(event, reason=reason, function=function, count=count)
 
     def _tell_collectors(
         self, before: dict[str, senders.Health], now: dict[str, senders.Health]
@@ -339,6 +352,7 @@ class Agent:
                 },
                 datapath=self._counters.datapath(),
                 drops=self._counters.drops(self._names),
+                drop_functions=self._counters.drop_functions(self._names),
                 drop_recursion_misses=self._attacher.drop_recursion_misses(),
                 exported={name: exported.get(i, (0, 0)) for name, i in collectors.items()},
                 rings=self._exporter.fill(),

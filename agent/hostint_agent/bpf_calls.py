@@ -30,6 +30,7 @@ PROG_GET_FD_BY_ID = 13
 OBJ_GET_INFO_BY_FD = 15
 PROG_QUERY = 16
 RAW_TRACEPOINT_OPEN = 17
+MAP_FREEZE = 22
 MAP_LOOKUP_BATCH = 24
 LINK_CREATE = 28
 LINK_UPDATE = 29
@@ -335,6 +336,10 @@ class Map:
             # the command knows no value: a pointer there would be refused
             attr = struct.pack("=IIQQQ", self.fd, 0, ctypes.addressof(self._key), 0, 0)
             bpf(MAP_DELETE_ELEM, attr, "map delete")
+
+    def freeze(self) -> None:
+        """Refuse all further changes by processes."""
+        bpf(MAP_FREEZE, struct.pack("=I", self.fd), "map freeze")
 
     def keys(self) -> Iterator[bytes]:
         """All keys, by walking; a key that is removed meanwhile may end the walk early."""

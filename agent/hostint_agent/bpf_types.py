@@ -13,6 +13,8 @@ REPORT_BYTES = 192
 SNAP_BYTES = 128
 DROP_REASONS = 512
 RINGS_PER_CPU = 2
+MAX_DROP_FUNCTIONS = 256
+FUNCTION_NAME_BYTES = 56
 RATE_USED_BITS = 24
 
 
@@ -186,15 +188,35 @@ class DropFlag(enum.IntFlag):
     NOT_GROUP = 32
     OF_COPY = 64
     NOT_ABOVE_IP = 128
+    BY_FUNCTION = 256
+
+
+class DropSite(ctypes.Structure):
+    """Key of drop_functions: where the kernel dropped packets, and for which reason."""
+
+    _fields_ = (
+        ("location", ctypes.c_uint64),
+        ("reason", ctypes.c_uint32),
+        ("pad", ctypes.c_uint32),
+    )
+
+
+class DropFunction(ctypes.Structure):
+    """Drops of one DropSite on one CPU."""
+
+    _fields_ = (
+        ("count", ctypes.c_uint64),
+        ("name", ctypes.c_char * FUNCTION_NAME_BYTES),
+    )
 
 
 class DropReason(ctypes.Structure):
     """What to do about one kernel drop reason."""
 
     _fields_ = (
+        ("flags", ctypes.c_uint16),
         ("code", ctypes.c_uint8),
-        ("flags", ctypes.c_uint8),
-        ("pad", ctypes.c_uint8 * 6),
+        ("pad", ctypes.c_uint8 * 5),
     )
 
 
@@ -278,6 +300,7 @@ class DatapathCounter(enum.IntEnum):
     DROP_EVICTED = 6
     DROP_SNAPSHOT_FAILED = 7
     DROP_NESTED = 8
+    DROP_FUNCTION_UNKNOWN = 9
 
 
-NR_DATAPATH_COUNTERS = 9
+NR_DATAPATH_COUNTERS = 10

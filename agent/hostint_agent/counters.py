@@ -35,6 +35,9 @@ _CARRIED = (
     "carried_datapath_counters",
     "carried_drop_counters",
 )
+# What the kernel prints for an address that has no symbol begins like this, and must not be shown.
+_NO_SYMBOL = "0x"
+_UNKNOWN_FUNCTION = "unknown"
 _MASK64 = (1 << 64) - 1
 _SLOT_WORDS = ctypes.sizeof(bpf_types.Slot) // 8
 # of a slot's owner, all but the address of the packet
@@ -90,6 +93,7 @@ class Counters:
         self._watchlists = bpf_calls.Map.open(maps / "watchlist_counters")
         self._datapath = bpf_calls.Map.open(maps / "datapath_counters")
         self._drops = bpf_calls.Map.open(maps / "drop_counters")
+        self._functions = bpf_calls.Map.open(maps / "drop_functions")
         self._slots = bpf_calls.Map.open(maps / "slots")
         self._carried, self._carried_datapath, self._carried_drops = (
             bpf_calls.Map.open(maps / name) for name in _CARRIED
@@ -126,7 +130,22 @@ class Counters:
     def drops(self, names: Mapping[int, str]) -> dict[str, int]:
         """Watched packets that died, by the kernel's name of the reason."""
         totals = _sums(self._drops, self._carried_drops)
-        return {names.get(i, f"reason {i}"): count for i, count in enumerate(totals) if count}
+        return {_reason_name(names, i): count for i, count in enumerate(totals) if count}
+
+    def drop_functions(self, names: Mapping[int, str]) -> dict[str, dict[str, int]]:
+        """Return drops by kernel function, by the kernel's name of the reason.
+
+        Only of reasons that do not say why, and since this datapath was loaded.
+        Raises bpf_calls.BpfError.
+        """
+        found: dict[str, dict[str, int]] = {}
+        for key in list(self._functions.keys()):
+            index = bpf_types.DropSite.from_buffer_copy(key).reason
+            function, count = _drop_function(self._functions, self._functions.lookup(key))
+            if count:  # else its first drop is about to be counted
+                functions = found.setdefault(_reason_name(names, index), {})
+                functions[function] = functions.get(function, 0) + count
+        return found
 
     def slots(self) -> Slots:
         """All slots as they are now, one after the other. Raises bpf_calls.BpfError."""
@@ -146,6 +165,30 @@ class Counters:
     def identity(self, index: int) -> Identity:
         """The accounting identity of one watchlist."""
         return Identity(self.watchlist(index), self.slots().pending.get(index, 0))
+
+
+def _reason_name(names: Mapping[int, str], index: int) -> str:
+    return names.get(index, f"reason {index}")
+
+
+def _drop_function(opened: bpf_calls.Map, raw: bytes) -> tuple[str, int]:
+    """Return (function, drops on all CPUs) of one element of drop_functions."""
+    places = range(0, opened.cpus * opened.stride, opened.stride)
+    by_cpu = [bpf_types.DropFunction.from_buffer_copy(raw, place) for place in places]
+    symbol = max(each.name for each in by_cpu).decode()
+    return function_name(symbol), sum(each.count for each in by_cpu)
+
+
+def function_name(symbol: str) -> str:
+    """Return the function of a symbol, or "unknown".
+
+    `symbol` is what the kernel formats: "ip_rcv_core.isra.0+0x1d/0x2c0", with " [module]" behind it
+    if it is a module's. An address that has no symbol is not shown: it would help attackers.
+    """
+    if not symbol or symbol.startswith(_NO_SYMBOL):
+        return _UNKNOWN_FUNCTION
+    # The compiler appends .isra.0, .constprop.0, .part.0 and .cold to names of functions.
+    return symbol.partition("+")[0].partition(".")[0]
 
 
 def _sums(*opened: bpf_calls.Map) -> list[int]:

@@ -37,6 +37,11 @@ _BTF_TAIL = {
     19: (0, 12),
 }
 _SUBSYSTEM_INDEX = 256
+_CODES_THAT_SAY_LITTLE = (
+    drop_reasons.UNKNOWN,
+    drop_reasons.UNMAPPED,
+    drop_reasons.OTHER_SUBSYSTEM.code,
+)
 # of VXLAN by IANA and by Linux, of Geneve
 _VXLAN_PORTS, _GENEVE_PORT = (4789, 8472), 6081
 
@@ -225,6 +230,7 @@ def drop_reason_entries(names: Mapping[int, str]) -> dict[int, bytes]:
         flags |= bpf_types.DropFlag.NOT_GROUP if name == "NOT_SPECIFIED" else 0
         flags |= bpf_types.DropFlag.NOT_ABOVE_IP if name == "NOT_SPECIFIED" else 0
         flags |= bpf_types.DropFlag.OF_COPY if name == "PACKET_SOCK_ERROR" else 0
+        flags |= bpf_types.DropFlag.BY_FUNCTION if treatment.code in _CODES_THAT_SAY_LITTLE else 0
         entries[index] = bytes(bpf_types.DropReason(code=treatment.code, flags=int(flags)))
     return entries
 

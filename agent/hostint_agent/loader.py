@@ -36,6 +36,8 @@ _BUILD = re.compile(r"[0-9a-f]{16}")
 _LAYOUT_DIGITS = 8
 _PARTIAL = "-partial"
 _MAP = re.compile(r"^PINNED_\w+\((\w+),", re.MULTILINE)
+# a text of at most 7 characters, which the loader puts into the map before it freezes it
+_CONSTANT = re.compile(r'^PINNED_CONSTANT\((\w+), "(.{1,7})"\);$', re.MULTILINE)
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([\w.]+)"\s*$')
 _MAX_RING_RECORDS = 16384
 _MIN_RING_RECORDS = 512
@@ -45,6 +47,11 @@ _PR_SET_PDEATHSIG = 1
 
 # bcc rewrites map access by these declarations, and makes the maps; those that another build's stand in for are made small
 _PRELUDE = """
+/*
+ * bcc puts bpf_probe_read in its place where /proc/kallsyms does not show it, as to a process without CAP_SYSLOG, and
+ * cgroup programs may not call that.
+ */
+#undef bpf_probe_read_kernel
 #ifdef MAPS_ARE_THERE
 #define ENTRIES(n) 1
 #else
@@ -54,6 +61,9 @@ _PRELUDE = """
 #define PINNED_MMAPABLE(name, leaf, n) BPF_F_TABLE("array", u32, leaf, name, ENTRIES(n), 1024)
 #define PINNED_PERCPU_ARRAY(name, leaf, n) BPF_F_TABLE("percpu_array", u32, leaf, name, ENTRIES(n), 0)
 #define PINNED_HASH(name, key, leaf, n) BPF_F_TABLE("hash", key, leaf, name, ENTRIES(n), 0)
+#define PINNED_PERCPU_HASH(name, key, leaf, n) \\
+	BPF_F_TABLE("percpu_hash", key, leaf, name, ENTRIES(n), 0)
+#define PINNED_CONSTANT(name, text) BPF_F_TABLE("array", u32, u64, name, 1, BPF_F_RDONLY_PROG)
 #define PINNED_RINGBUF(name, pages) BPF_RINGBUF_OUTPUT(name, pages)
 """
 # in the style of our sources: the body of a function is between a line that is "{" and one that is "}"
@@ -92,6 +102,11 @@ class Source:
     def maps(self) -> frozenset[str]:
         """Names of the maps that it declares."""
         return frozenset(_MAP.findall(self.text))
+
+    @property
+    def constants(self) -> dict[str, bytes]:
+        """Contents of the maps that never change, by name."""
+        return {name: text.encode().ljust(8, b"\0") for name, text in _CONSTANT.findall(self.text)}
 
 
 def default_bpf_dir() -> Path:
@@ -313,14 +328,25 @@ class _Half:
         self._bcc = bcc
         self._programs = half.programs
         self._maps = sorted(source.maps)
+        self._constants = source.constants
         self._module = bcc.BPF(text=_PRELUDE + source.text, cflags=flags)
 
     def pin_maps(self, partial: Path, there: Path | None) -> None:
         """Pin all maps: those that were made, or another build's that are `there` instead. Raises OSError."""
         if there:
             self.use_maps(there)
+        else:
+            self._fill_constants()
         for name in self._maps:
             bpf_calls.obj_pin(self._map(name), partial / "maps" / name)
+
+    def _fill_constants(self) -> None:
+        """Write and freeze the maps that the verifier is to take for constants."""
+        for name, value in self._constants.items():
+            constant = bpf_calls.Map(os.dup(self._map(name)))
+            constant.update(bytes(4), value)
+            constant.freeze()
+            constant.close()
 
     def use_maps(self, there: Path) -> None:
         """Have the programs work on what is pinned `there`: they know maps by descriptor until the kernel has loaded them."""

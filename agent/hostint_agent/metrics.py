@@ -35,6 +35,7 @@ _DATAPATH_HELP = {
     "drop_evicted": "Flows forgotten for a drop because their part of the table was full",
     "drop_snapshot_failed": "Drop reports without inner packet because it could not be read",
     "drop_nested": "Drops not looked at because two versions of the drop program met on a CPU during an upgrade",
+    "drop_function_unknown": "Drops not counted by function because the table of functions was full",
 }
 
 
@@ -46,6 +47,7 @@ class Snapshot:
     watchlists: Mapping[str, Mapping[str, int]]
     datapath: Mapping[str, int]
     drops: Mapping[str, int]
+    drop_functions: Mapping[str, Mapping[str, int]]  # by reason, by function
     drop_recursion_misses: int
     exported: Mapping[str, tuple[int, int]]
     rings: Iterable[int]
@@ -72,7 +74,7 @@ def families(now: Snapshot) -> list[core.Metric]:
     )
     for reason, count in now.drops.items():
         drops.add_metric([reason], count)
-    found.append(drops)
+    found += [drops, _drop_functions(now)]
     missed = "Drops not looked at because the drop program was at work on that CPU: the kernel does not run it within itself"
     found.append(
         core.CounterMetricFamily("hostint_drop_recursion_misses", missed, now.drop_recursion_misses)
@@ -99,6 +101,18 @@ def families(now: Snapshot) -> list[core.Metric]:
     build.add_metric([now.version], 1)
     found.append(build)
     return found
+
+
+def _drop_functions(now: Snapshot) -> core.Metric:
+    family = core.CounterMetricFamily(
+        "hostint_drops_by_function",
+        "Watched packets dropped for a reason that does not say why, by kernel function",
+        labels=["function", "reason"],
+    )
+    for reason, functions in now.drop_functions.items():
+        for function, count in functions.items():
+            family.add_metric([function, reason], count)
+    return family
 
 
 def _export_families(now: Snapshot) -> list[core.Metric]:

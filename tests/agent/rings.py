@@ -23,10 +23,10 @@ RING_SIZE = 128
 
 
 def make_map(
-    path: Path, kind: int, value_bytes: int, entries: int, flags: int = 0
+    path: Path, kind: int, value_bytes: int, entries: int, flags: int = 0, key_bytes: int = 4
 ) -> bpf_calls.Map:
-    """Make and pin a map with keys of four bytes."""
-    attr = struct.pack("=IIIII", kind, 4, value_bytes, entries, flags)
+    """Make and pin a map."""
+    attr = struct.pack("=IIIII", kind, key_bytes, value_bytes, entries, flags)
     fd = bpf_calls.bpf(bpf_calls.MAP_CREATE, attr, f"create {path.name}")
     bpf_calls.obj_pin(fd, path)
     return bpf_calls.Map(fd)

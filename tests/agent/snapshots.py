@@ -10,6 +10,7 @@ NOW = metrics.Snapshot(
     watchlists={"web": WATCHLIST},
     datapath=DATAPATH,
     drops={"NO_SOCKET": 3000},
+    drop_functions={"NOT_SPECIFIED": {"ip_error": 3011}},
     drop_recursion_misses=3001,
     exported={"default": (3002, 3003)},
     rings=[3004, 3005],

@@ -582,8 +582,42 @@ def test_health_that_fails_once_ends_nothing(pin_dir, tmp_path, monkeypatch):
         assert not keeping.done()
         keeping.cancel()
         assert [entry["event"] for entry in logs] == [
-            *["health of collectors not known, retrying"] * 2,
+            *["health of collectors or drops not known, retrying"] * 2,
             "collector not reachable",
+        ]
+
+    monkeypatch.setattr(agent, "_CLOCK_INTERVAL_S", 0.02)
+    with_agent(pin_dir, tmp_path, scenario)
+
+
+def drop_function(process: agent.Agent, location: int, reason: int, count: int) -> None:
+    """Count drops as the drop program does."""
+    functions = process._counters._functions
+    site = bpf_types.DropSite(location=location, reason=reason)
+    first = bytes(bpf_types.DropFunction(count=count, name=b"some_function+0x1/0x2"))
+    functions.update(bytes(site), first.ljust(functions.stride * functions.cpus, b"\0"))
+
+
+def test_each_function_that_drops_packets_is_logged_once(pin_dir, tmp_path, monkeypatch):
+    async def scenario(process: agent.Agent) -> None:
+        await process.apply(agent.Wanted(spec(), 1))
+        unspecified = {name: i for i, name in process._names.items()}["NOT_SPECIFIED"]
+        keeping = asyncio.create_task(process.keep_time())
+        with structlog.testing.capture_logs() as logs:
+            drop_function(process, 8, unspecified, 3)
+            await becomes(lambda: logs)
+            drop_function(process, 8, unspecified, 4)
+            drop_function(process, 16, 255, 5)
+            await becomes(lambda: len(logs) > 1)
+            await asyncio.sleep(0.1)
+        keeping.cancel()
+        drops = [entry for entry in logs if entry["event"].startswith("packets dropped")]
+        assert [(e["event"], e["reason"], e["function"], e["count"]) for e in drops] == [
+            (
+                "packets dropped, kernel gives no reason",
+                *("NOT_SPECIFIED", "some_function", 3),
+            ),
+            ("packets dropped, reason has no code", "reason 255", "some_function", 5),
         ]
 
     monkeypatch.setattr(agent, "_CLOCK_INTERVAL_S", 0.02)

@@ -64,6 +64,15 @@ def test_a_firewall_drop_is_reported_as_policy_deny():
     assert not entry.flags & bpf_types.DropFlag.AFTER_EGRESS
 
 
+def test_only_reasons_that_say_little_are_counted_by_function():
+    names = {2: "NOT_SPECIFIED", 3: "NO_SOCKET", 4: "NEWER_THAN_OUR_TABLE"}
+    entries = kernel.drop_reason_entries(names)
+    flags = {i: bpf_types.DropReason.from_buffer_copy(entry).flags for i, entry in entries.items()}
+    counted = {i for i, each in flags.items() if each & bpf_types.DropFlag.BY_FUNCTION}
+    assert {2, 4, 255, 256, 511} <= counted
+    assert 3 not in counted
+
+
 def test_something_that_is_not_btf_is_refused():
     with pytest.raises(kernel.KernelError, match="is not BTF"):
         kernel.Btf(bytes(64))

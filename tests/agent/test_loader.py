@@ -6,6 +6,8 @@ import ctypes
 import os
 import shutil
 import struct
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -53,8 +55,9 @@ def test_what_only_programs_do_otherwise_goes_on_with_the_same_maps(tmp_path, na
         ("slot.h", "#define SLOT_SHIFT 8", "#define SLOT_SHIFT 7"),
         ("classify.h", "__u16 any_destination;\n", "__u16 any_destination;\n\t__u32 more;\n"),
         ("classify.h", "PINNED_MMAPABLE(class_words,", "PINNED_ARRAY(class_words,"),
+        ("maps.h", '"%pB"', '"%ps"'),
     ],
-    ids=["meaning", "size", "field", "state", "constant", "table", "kind"],
+    ids=["meaning", "size", "field", "state", "constant", "table", "kind", "text"],
 )
 def test_maps_that_differ_are_not_taken_over(tmp_path, name, old, new):
     before, after = builds(loader.default_bpf_dir(), edited(tmp_path, name, old, new))
@@ -104,6 +107,27 @@ def ids_of_program(pin: Path) -> set[int]:
     bpf_calls.bpf(bpf_calls.OBJ_GET_INFO_BY_FD, attr, "object info")
     os.close(fd)
     return set(numbers[: struct.unpack_from("=I", info, 52)[0]])
+
+
+@pytest.mark.bpf
+def test_loader_needs_only_the_rights_of_the_container(pin_dir):
+    """Among others it cannot see the kernel's symbols, by which bcc looks for helpers."""
+    rights = ["setpriv", "--bounding-set=-all,+bpf,+net_admin,+perfmon", "--inh-caps=-all"]
+    load = "import pathlib, sys; from hostint_agent import loader; loader.load(pathlib.Path(sys.argv[1]))"
+    command = [*rights, sys.executable, "-c", load, str(pin_dir)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert len(loader.builds(pin_dir)) == 1
+
+
+@pytest.mark.bpf
+def test_constants_cannot_be_changed(pin_dir):
+    constants = loader.read_source(loader.default_bpf_dir()).constants
+    assert constants == {"symbol_format": b"%pB\0\0\0\0\0"}
+    constant = bpf_calls.Map.open(loader.load(pin_dir) / "maps" / "symbol_format")
+    assert constant.lookup(bytes(4)) == constants["symbol_format"]
+    with pytest.raises(bpf_calls.BpfError, match="not permitted"):
+        constant.update(bytes(4), b"%px\0\0\0\0\0")
 
 
 @pytest.mark.bpf

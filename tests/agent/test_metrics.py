@@ -49,6 +49,11 @@ def test_drops_by_reason_and_those_that_the_drop_program_did_not_see_are_metrics
     assert counter("hostint_drop_recursion_misses") == [({}, 3001)]
 
 
+def test_drops_by_function_are_a_metric_with_their_reason():
+    labels = {"function": "ip_error", "reason": "NOT_SPECIFIED"}
+    assert counter("hostint_drops_by_function") == [(labels, 3011)]
+
+
 def test_there_is_no_map_of_counters_but_those_whose_counters_are_compared_here():
     """What an older datapath had counted is in maps of its own, and part of the same counters."""
     maps = loader.read_source(loader.default_bpf_dir()).maps
@@ -71,7 +76,7 @@ def test_no_family_is_there_twice_and_every_family_has_a_value():
 
 def test_no_number_of_a_snapshot_is_left_out():
     shown = {sample.value for family in FAMILIES.values() for sample in family.samples}
-    assert shown >= {*WATCHLIST.values(), *DATAPATH.values(), *range(3000, 3011)}
+    assert shown >= {*WATCHLIST.values(), *DATAPATH.values(), *range(3000, 3012)}
 
 
 def test_a_counter_that_is_read_while_cpus_count_is_never_below_zero():

@@ -90,6 +90,7 @@ def told(**more: object) -> status.Status:
         "own_rules": 1,
         "watchlists": (watchlist(),),
         "drops": {},
+        "drop_functions": {},
         "collectors": (collector(),),
         "flows": 655,
         "flow_places": 65536,
@@ -246,6 +247,23 @@ def test_every_counter_of_a_watchlist_is_told_somewhere():
         assert f"{count:,}" in shown, name
 
 
+def test_drops_are_shown_by_function():
+    shown = line(
+        "DROPS",
+        drops={"NETFILTER_DROP": 40, "NOT_SPECIFIED": 33},
+        drop_functions={"NOT_SPECIFIED": {"ip_error": 30, "dst_discard": 3}},
+    )
+    assert shown.split(maxsplit=1)[1] == (
+        "40 NETFILTER_DROP, 30 NOT_SPECIFIED in ip_error, 3 NOT_SPECIFIED in dst_discard"
+    )
+
+
+def test_drops_of_unknown_functions_are_shown_by_reason():
+    functions = {"NOT_SPECIFIED": {"ip_error": 30}}
+    shown = line("DROPS", drops={"NOT_SPECIFIED": 33}, drop_functions=functions)
+    assert shown.endswith("30 NOT_SPECIFIED in ip_error, 3 NOT_SPECIFIED")
+
+
 def test_run_time_is_told_where_the_kernel_counts_it():
     program = bpf_calls.ProgramInfo(17, 5, 1000, 250_000, 3, 4321)
     programs = dict.fromkeys(loader.PROGRAMS, program)
@@ -290,6 +308,7 @@ def crowded() -> status.Status:
             for n in names[:16]
         ),
         drops={f"REASON_{'R' * 40}_{i}": HUGE for i in range(60)},
+        drop_functions={f"REASON_{'R' * 40}_0": {f"{i}{long}"[:55]: HUGE for i in range(256)}},
         rings=tuple(status.Ring(c, k, 511, 512) for c in range(128) for k in ("flow", "drop")),
         rates=tallies.Rates(1.0, 1e9, 1e9, 1e9, 1e9),
         losses=tallies.losses(quiet, now),

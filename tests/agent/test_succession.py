@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a datapath had counted is counted on by the one that replaces it, whichever of the two has more counters."""
 
+import ctypes
 import struct
 import tempfile
 from pathlib import Path
@@ -12,8 +13,9 @@ from tests.agent.rings import make_map
 
 pytestmark = pytest.mark.bpf
 FIELDS = counters.WATCHLIST_FIELDS
+NUMBERS = bpf_types.NR_DATAPATH_COUNTERS
 USERS = bpf_types.NR_COUNTER_USERS * bpf_types.MAX_WATCHLISTS
-_ARRAY, _PERCPU_ARRAY = 2, 6
+_ARRAY, _PERCPU_HASH, _PERCPU_ARRAY = 2, 5, 6
 
 
 @pytest.fixture
@@ -22,7 +24,7 @@ def pins():
         yield Path(directory)
 
 
-def make(pins: Path, name: str, fields: int = len(FIELDS), numbers: int = 9) -> Path:
+def make(pins: Path, name: str, fields: int = len(FIELDS), numbers: int = NUMBERS) -> Path:
     """The maps of a datapath whose watchlists have so many counters, and that has so many of its own."""
     maps = pins / name / "maps"
     maps.mkdir(parents=True)
@@ -37,6 +39,9 @@ def make(pins: Path, name: str, fields: int = len(FIELDS), numbers: int = 9) -> 
     }
     for map_name, shape in shapes.items():
         make_map(maps / map_name, *shape)
+    kind, value_bytes = _PERCPU_HASH, ctypes.sizeof(bpf_types.DropFunction)
+    key_bytes = ctypes.sizeof(bpf_types.DropSite)
+    make_map(maps / "drop_functions", kind, value_bytes, 16, key_bytes=key_bytes)
     return maps
 
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from hostint_agent import bpf_calls, bpf_types, classifier, kernel
 from hostint_report import inner, v05
@@ -31,14 +32,16 @@ _PROG_LOAD, _LINK_CREATE = 5, 28
 _SCHED_CLS, _TC_ACT_SHOT = 3, 2
 # linux/if_tun.h
 _TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
+T = TypeVar("T")
 Arrangement = contextlib.AbstractContextManager[object]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What changed: drops by the kernel's name of the reason, the watchlist's counters, and the drop reports that came."""
+    """What changed: drops by reason and by function, counters of the watchlist, and drop reports."""
 
-    reasons: Mapping[str, int]
+    reasons: Mapping[str, int]  # by the kernel's name
+    functions: Mapping[tuple[str, str], int]  # by the kernel's name and function
     counters: Mapping[str, int]
     reports: Sequence[v05.DropReport]
 
@@ -107,6 +110,10 @@ class Stage:
         collector = bpf_types.Collector(snap_length=snap_length)
         self.datapath.watch(rules, {1: datapaths.policy(interval_ns=_HOUR_NS)}, {0: collector})
 
+    def _drops_by_function(self) -> dict[tuple[str, str], int]:
+        by_reason = self.datapath.counters.drop_functions(kernel.drop_reason_names())
+        return {(r, name): count for r, some in by_reason.items() for name, count in some.items()}
+
     def _figures(self) -> tuple[dict[str, int], dict[str, int]]:
         reasons = self.datapath.counters.drops(kernel.drop_reason_names())
         return reasons, dict(self.datapath.counters.watchlist(1))
@@ -117,6 +124,7 @@ class Stage:
         """Do something that lets so many watched packets die, and wait until they have (or the time is over)."""
         self.datapath.drain()
         reasons, counters = self._figures()
+        functions = self._drops_by_function()
         do()
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
@@ -133,9 +141,9 @@ class Stage:
             time.sleep(0.01)
         time.sleep(0.005)  # the program that counted the last of them has ended by then
         now_reasons, now = self._figures()
-        names = {n: c - reasons.get(n, 0) for n, c in now_reasons.items()}
         return Outcome(
-            reasons={n: c for n, c in names.items() if c},
+            reasons=_growth(reasons, now_reasons),
+            functions=_growth(functions, self._drops_by_function()),
             counters={name: now[name] - counters[name] for name in counters},
             reports=self.drop_reports(),
         )
@@ -332,6 +340,12 @@ def stage(mode: Mode, bpf_dir: Path | None = None) -> Iterator[Stage]:
         built.watch()
         path.enable()
         yield built
+
+
+def _growth(before: Mapping[T, int], now: Mapping[T, int]) -> dict[T, int]:
+    """Return what has grown, and by how much."""
+    grown = {name: count - before.get(name, 0) for name, count in now.items()}
+    return {name: count for name, count in grown.items() if count}
 
 
 def _towards(built: Stage, pod: Pod) -> str:

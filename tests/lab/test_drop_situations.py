@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every way in which a node lets packets die: the kernel's name of the reason, the INT code, one report, every death counted.
+"""Every way in which a node drops packets: reason, INT code, function, one report, all counted.
 
 docs/drop-reasons.md has the same for people.
 """
@@ -8,6 +8,7 @@ import contextlib
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
@@ -252,12 +253,15 @@ class Death:
     reported: bool = True
     late: bool = False  # it had been counted as forwarded or delivered before
     left: bool = False  # it had been handed to eth0
+    function: str = ""  # that drops it, if the reason does not say why
 
     def check(self, stage: Stage, version: int) -> None:
         """Let it happen."""
         with self.arrange(stage, version):
             outcome = stage.outcome(lambda: self.send(stage, version), COUNT)
         assert outcome.reasons == {self.reason: COUNT}
+        by_function = {(self.reason, self.function): COUNT} if self.function else {}
+        assert outcome.functions == by_function
         assert outcome.counters["dropped_late" if self.late else "dropped"] == COUNT
         assert outcome.dead == outcome.counters["watched"] == COUNT
         assert len(outcome.reports) == self.reported
@@ -277,6 +281,13 @@ class Death:
 
 
 NETFILTER = {"reason": "NETFILTER_DROP", "code": 80}
+
+
+def unsaid(function: str) -> dict[str, Any]:
+    """The kernel gives no reason, only the function."""
+    return {"reason": "NOT_SPECIFIED", "code": 0, "function": function}
+
+
 DEATHS = [
     Death("iptables", iptables("iptables", "DROP"), **NETFILTER),
     Death("iptables-legacy", iptables("iptables-legacy", "DROP"), **NETFILTER),
@@ -299,10 +310,35 @@ DEATHS = [
         **NETFILTER,
     ),
     Death("no-route", nothing, "IP_INNOROUTES", 29, datagrams("nowhere")),
-    Death("blackhole", route("blackhole"), "NOT_SPECIFIED", 0, datagrams("refused")),
-    Death("unreachable4", route("unreachable"), "NOT_SPECIFIED", 0, datagrams("refused"), (4,)),
+    Death(
+        "blackhole4",
+        route("blackhole"),
+        send=datagrams("refused"),
+        versions=(4,),
+        **unsaid("ip_error"),
+    ),
+    Death(
+        "blackhole6",
+        route("blackhole"),
+        send=datagrams("refused"),
+        versions=(6,),
+        **unsaid("dst_discard_out"),
+    ),
+    Death(
+        "unreachable4",
+        route("unreachable"),
+        send=datagrams("refused"),
+        versions=(4,),
+        **unsaid("ip_error"),
+    ),
     Death("unreachable6", route("unreachable"), "IP_INNOROUTES", 29, datagrams("refused"), (6,)),
-    Death("prohibit4", route("prohibit"), "NOT_SPECIFIED", 0, datagrams("refused"), (4,)),
+    Death(
+        "prohibit4",
+        route("prohibit"),
+        send=datagrams("refused"),
+        versions=(4,),
+        **unsaid("ip_error"),
+    ),
     Death("prohibit6", route("prohibit"), "IP_INNOROUTES", 29, datagrams("refused"), (6,)),
     Death("ttl", nothing, "IP_INHDR", 26, datagrams(ttl=1)),
     Death(
@@ -314,7 +350,13 @@ DEATHS = [
     Death("group-source", nothing, "IP_INVALID_SOURCE", 27, udp_packets(source="224.0.0.5"), (4,)),
     Death("zero-target", nothing, "IP_INVALID_DEST", 213, udp_packets(destination="0.0.0.0"), (4,)),
     Death("neighbour4", impatient_neighbours(), "NEIGH_FAILED", 93, datagrams("silent"), (4,)),
-    Death("neighbour6", impatient_neighbours(), "NOT_SPECIFIED", 0, datagrams("silent"), (6,)),
+    Death(
+        "neighbour6",
+        impatient_neighbours(),
+        send=datagrams("silent"),
+        versions=(6,),
+        **unsaid("neigh_invalidate"),
+    ),
     Death("mtu", small_mtu, "PKT_TOO_BIG", 70, datagrams(size=1300)),
     Death("tcx-ingress", tcx(in_port, bpf_calls.TCX_INGRESS), "TC_INGRESS", 80),
     Death("clsact-ingress", clsact(in_port, "ingress"), "TC_INGRESS", 80),
@@ -334,8 +376,13 @@ BRIDGE_DEATHS = [
         send=beside,
         **NETFILTER,
     ),
-    Death("isolated", bridge_port("isolated", "on", "off", 0, 1), "NOT_SPECIFIED", 0, beside),
-    Death("locked", locked_port, "NOT_SPECIFIED", 0, beside),
+    Death(
+        "isolated",
+        bridge_port("isolated", "on", "off", 0, 1),
+        send=beside,
+        **unsaid("br_handle_frame_finish"),
+    ),
+    Death("locked", locked_port, send=beside, **unsaid("br_handle_frame_finish")),
     Death("no-flooding", bridge_port("flood", "off", "on", 1), "NO_TX_TARGET", 89, to_a_stranger),
 ]
 ROUTED_DEATHS = [

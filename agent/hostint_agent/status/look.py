@@ -105,6 +105,7 @@ class Status:
     own_rules: int  # that keep reports unwatched
     watchlists: tuple[Watchlist, ...]
     drops: Mapping[str, int]
+    drop_functions: Mapping[str, Mapping[str, int]]  # by reason, by function
     collectors: tuple[Collector, ...]
     flows: int
     flow_places: int
@@ -163,6 +164,7 @@ class _Look:
         own_namespace = config.netns_cookie in (0, kernel.netns_cookie())
         ids = {name: program.id for name, program in programs.items()}
         hooks = hook_orders.read(self._maps, ids, config.node_id) if own_namespace else None
+        names = kernel.drop_reason_names()
         age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - programs["drop"].loaded_ns / 1e9
         return Status(
             version=importlib.metadata.version("hostint"),
@@ -185,7 +187,8 @@ class _Look:
             rules=sum(n for place, n in self._live.rules.items() if place),
             own_rules=self._live.rules.get(0, 0),
             watchlists=tuple(self._watchlists(now, slots)),
-            drops=self._counters.drops(kernel.drop_reason_names()),
+            drops=self._counters.drops(names),
+            drop_functions=self._counters.drop_functions(names),
             collectors=tuple(self._collectors(now)),
             flows=map_contents.flows(self._maps),
             flow_places=bpf_types.NR_FLOW_SETS * bpf_types.FLOW_WAYS,

@@ -40,6 +40,8 @@ _OF_DATAPATH = {
     "report is there, and there is nothing to do.",
     "drop_nested": "Drops were not looked at while an upgrade replaced the programs; watched packets among them count as "
     "unresolved, and there is nothing to do.",
+    "drop_function_unknown": "Drops were not counted by function, because the table of functions was "
+    "full; they are counted by reason, and there is nothing to do.",
 }
 _OF_PROGRAM = {
     "drop_recursion_misses": "Drops in an interrupt of the drop program were not looked at; watched packets among them count "

@@ -184,12 +184,24 @@ def _filled(page: Page, told: look.Status) -> None:
     for label, kind in (("RINGS", "flow"), ("", "drop")):
         page.field(label, *_rings(kind, [ring for ring in told.rings if ring.kind == kind]))
     if told.drops:
-        reasons = sorted(told.drops.items(), key=lambda item: -item[1])
-        page.field("DROPS", ", ".join(f"{_count(count)} {reason}" for reason, count in reasons))
+        drops = sorted(_drops(told), key=lambda drop: -drop[1])
+        page.field("DROPS", ", ".join(f"{_count(count)} {what}" for what, count in drops))
     if told.rates:
         r = told.rates
         words = f"{_rate(r.watched)} watched, {_rate(r.reports)} reported, {_rate(r.sent)} sent, {_rate(r.drops)} dropped"
         page.field("RATES", f"{words} (over {r.seconds:.1f} s)")
+
+
+def _drops(told: look.Status) -> Iterator[tuple[str, int]]:
+    """Yield what drops there are, and how many, by function where the reason does not say why."""
+    for reason, count in told.drops.items():
+        functions = told.drop_functions.get(reason, {})
+        for function, in_function in functions.items():
+            yield f"{reason} in {function}", in_function
+        # Also those of an older datapath, whose functions are not carried over.
+        rest = count - sum(functions.values())
+        if rest > 0:
+            yield reason, rest
 
 
 def _rings(kind: str, rings: Sequence[look.Ring]) -> tuple[str, str]:
