@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import ipaddress
+import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -41,6 +42,8 @@ from hostint_api import (
 
 VERSION = importlib.metadata.version("hostint")
 _CLOCK_INTERVAL_S = 1.0
+# looks at the clock
+_DROP_FUNCTIONS_EVERY = 5
 _MAX_MESSAGE = 256
 # of packets dropped, by the kernel's name of the reason
 _EVENTS = {"NOT_SPECIFIED": "packets dropped, kernel gives no reason"}
@@ -188,7 +191,7 @@ class Agent:
         """
         before: dict[str, senders.Health] = {}
         failure = ""
-        while True:
+        for second in itertools.count():
             await asyncio.sleep(_CLOCK_INTERVAL_S)
             if reason := self.not_alive():
                 raise RuntimeError(reason)
@@ -196,7 +199,8 @@ class Agent:
             self._config.refresh_wall_offset()
             try:
                 before = self._follow_collectors(before)
-                self._log_drop_functions()
+                if second % _DROP_FUNCTIONS_EVERY == 0:
+                    self._log_drop_functions()
             except Exception as error:  # reports go on without it
                 if str(error) != failure:
                     log.exception("health of collectors or drops not known, retrying")

@@ -46,14 +46,12 @@ class DeliveryLinks:
         self._links = links
         self._programs = programs
         self._cgroup = cgroup
-
-    @property
-    def _pins(self) -> tuple[str, ...]:
-        return LINK_PINS if "local_in" in self._programs else (SOCKETS,)
+        names = LINK_PINS if "local_in" in programs else (SOCKETS,)
+        self._pins = [str(links / name) for name in names]
 
     def in_place(self) -> bool:
         """True as long as the pins are there, which are what holds the links."""
-        return all((self._links / name).exists() for name in self._pins)
+        return all(map(os.path.exists, self._pins))
 
     def ensure(self) -> None:
         """Attach the current programs where they are not attached. Raises OSError."""

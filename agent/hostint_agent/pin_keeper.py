@@ -32,6 +32,8 @@ class PinKeeper:
             for path in sorted((directory / kind).iterdir())
         }
         self._known = pin_dir.stat()
+        self._folders = [str(directory), *(str(directory / kind) for kind in ("maps", "programs"))]
+        self._seen: list[tuple[int, int]] = []
         self._lock: int | None = None
 
     def close(self) -> None:
@@ -44,8 +46,19 @@ class PinKeeper:
             self._lock = None
 
     def in_place(self) -> bool:
-        """Return True if everything is pinned where it was."""
-        return all(map(os.path.exists, self._held)) and self._is_same_directory()
+        """Return True if everything is pinned where it was.
+
+        Asked four times a second: as long as no folder has changed, no pin in it is looked at.
+        """
+        try:
+            seen = [(found.st_ino, found.st_mtime_ns) for found in map(os.stat, self._folders)]
+        except FileNotFoundError:
+            return False
+        if seen != self._seen:
+            if not all(map(os.path.exists, self._held)):
+                return False
+            self._seen = seen
+        return self._is_same_directory()
 
     def restore(self) -> None:
         """Pin again what is missing. Raises PinsTaken, or OSError."""
