@@ -155,7 +155,7 @@ def test_a_bench_that_does_not_exist_is_named_with_those_that_do(capsys):
     with pytest.raises(SystemExit) as ended:
         _arguments(["--only", "forwarding,typo"])
     assert ended.value.code == 2
-    assert "no bench 'typo'; there are forwarding, rules" in capsys.readouterr().err
+    assert "no bench 'typo'; there are forwarding, delivery, rules" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
