@@ -18,6 +18,7 @@ from hostint_agent import bpf_calls, bpf_types, counters, loader, metrics, pinne
 from hostint_agent.status import hook_orders, tallies
 from hostint_agent.status import look as status
 from hostint_agent.status import text as status_text
+from tests.agent.nobody import NOBODY
 from tests.agent.snapshots import NOW
 
 COMMAND = [sys.executable, "-m", "hostint_agent", "status"]
@@ -397,13 +398,8 @@ def test_a_datapath_without_its_maps_is_told_in_one_line(pin_dir):
 @pytest.mark.bpf
 def test_who_may_not_look_at_the_pins_is_told_what_it_takes(pin_dir):
     pin_dir.chmod(0o700)
-    # what is imported may be where only root can read
-    script = (
-        "import os, sys; from hostint_agent import __main__; from hostint_agent.status import command; "
-        "os.setresuid(65534, 65534, 65534); "
-    )
-    script += "sys.exit(__main__.main(sys.argv[1:]))"
-    arguments = [sys.executable, "-c", script, "status", "--pin-dir", str(pin_dir)]
+    arguments = [*NOBODY, sys.executable, "-m", "hostint_agent"]
+    arguments += ["status", "--pin-dir", str(pin_dir)]
     ended = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False)
     assert (ended.returncode, ended.stdout) == (1, "")
     assert ended.stderr == (

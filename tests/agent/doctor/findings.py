@@ -8,7 +8,6 @@ import sys
 from hostint_agent.doctor import finding
 
 COMMAND = [sys.executable, "-m", "hostint_agent", "doctor"]
-NOBODY = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all"]
 Findings = dict[str, finding.Finding]
 
 

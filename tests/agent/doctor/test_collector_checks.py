@@ -9,7 +9,8 @@ from hostint_agent import command_line, last_good, node_rules
 from hostint_agent.doctor import collector_checks, finding
 from hostint_api import NodeConfigSpec
 from tests.agent.cable import FAR, FAR6
-from tests.agent.doctor.findings import NOBODY, examine, fails, is_ok, warns
+from tests.agent.doctor.findings import examine, fails, is_ok, warns
+from tests.agent.nobody import NOBODY
 from tests.lab.namespace import Namespace, ip
 
 

@@ -19,8 +19,9 @@ from hostint_agent.doctor import (
     node_checks,
 )
 from tests.agent.cable import FAR
-from tests.agent.doctor.findings import NOBODY, examine, fails, is_ok
+from tests.agent.doctor.findings import examine, fails, is_ok
 from tests.agent.doctor.loaded import attached
+from tests.agent.nobody import NOBODY
 from tests.lab import cni
 from tests.lab.topology import Node
 

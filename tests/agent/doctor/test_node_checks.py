@@ -13,7 +13,8 @@ import pytest
 
 from hostint_agent import attach, bpf_calls, kernel, loader
 from hostint_agent.doctor import examination, finding, node_checks, probes
-from tests.agent.doctor.findings import NOBODY, examine, fails, is_ok, warns
+from tests.agent.doctor.findings import examine, fails, is_ok, warns
+from tests.agent.nobody import NOBODY
 
 # system calls of a child that the kernel refuses: (number, first argument or None, errno)
 _REFUSING = textwrap.dedent(
