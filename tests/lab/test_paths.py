@@ -173,6 +173,7 @@ def _assert_counts(result: bench.Result) -> None:
         assert identity.drops_difference == 0
 
 
+MOST_RUNS = 10
 # what is asked of a packet that has the address of another
 _ASKS_CONTENT = {
     "slot->fingerprint == scratch->fingerprint": "true",
@@ -209,5 +210,11 @@ def _talking_on(
 def test_an_address_alone_would_make_up_hundreds(tmp_path):
     bpf_dir = _without(tmp_path, _ASKS_CONTENT)
     with _talking_on(tmp_path, "routed", bpf_dir) as (stage, talking):
-        result = stage.run(talking, traffic.UDP, 4, 25, PACKETS)
-    assert result.judgement.false["another arrival"] > PACKETS / 1000
+        made_up = 0
+        # how many in a run is up to where the kernel puts the next packet
+        for _ in range(MOST_RUNS):
+            result = stage.run(talking, traffic.UDP, 4, 25, PACKETS)
+            made_up += result.judgement.false["another arrival"]
+            if made_up > PACKETS / 1000:
+                break
+    assert made_up > PACKETS / 1000
