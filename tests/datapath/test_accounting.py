@@ -163,7 +163,9 @@ def test_a_full_ring_of_drop_reports_counts_its_own_losses(routed, firewall):
 def test_a_rate_limit_holds_on_all_cpus_together_and_takes_no_sequence_numbers(
     routed, firewall, dies
 ):
-    watchlist, port, limited = routed.number(), routed.port(), 3
+    # of its own: all packets may fall into one window, and another case may have used that up
+    limited = 3 + dies
+    watchlist, port = routed.number(), routed.port()
     routed.datapath.drain()
     routed.datapath.watch(
         [benches.udp_to(watchlist, port)],
@@ -182,7 +184,7 @@ def test_a_rate_limit_holds_on_all_cpus_together_and_takes_no_sequence_numbers(
     outcome = routed.outcome(watchlist, sent)
     reports = routed.datapath.drain()
     prefix = "drops_" if dies else ""
-    assert 40 <= len(reports) <= 40 * windows
+    assert 40 <= len(reports) <= 40 * windows, outcome
     assert outcome[f"{prefix}reported"] == len(reports)
     assert outcome[f"{prefix}rate_limited"] == sent - len(reports)
     assert outcome.get("dropped", 0) == (sent if dies else 0)
