@@ -3,13 +3,13 @@
 
 import contextlib
 import mmap
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hostint_agent import bpf_calls, bpf_types, classifier, loader, tables
 from tests.agent import reference_classifier
+from tests.pins import pin_directory
 
 MAY_MATCH_LATER = reference_classifier.MAY_MATCH_LATER
 
@@ -20,12 +20,8 @@ def loaded(program: str, directory: Path) -> Iterator[Path]:
     sources = directory / "bpf"
     shutil.copytree(loader.default_bpf_dir(), sources)
     shutil.copy(Path(__file__).with_name(program), sources / loader.MAIN_SOURCE)
-    pins = Path(f"/sys/fs/bpf/hostint-test-{os.getpid()}-{directory.name}")
-    pins.mkdir()
-    try:
+    with pin_directory("classifier") as pins:
         yield loader.load(pins, sources)
-    finally:
-        shutil.rmtree(pins)
 
 
 def memory_of(maps: Path, name: str) -> mmap.mmap:

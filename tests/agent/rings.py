@@ -5,16 +5,15 @@ import contextlib
 import ctypes
 import mmap
 import os
-import shutil
 import socket
 import struct
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from hostint_agent import bpf_calls, bpf_types
 from hostint_agent.node_rules import Destination
+from tests.pins import pin_directory
 
 _ARRAY, _RINGBUF = 2, 27
 _MMAPABLE = 1024
@@ -105,11 +104,8 @@ class Rings:
 @contextlib.contextmanager
 def rings(count: int = 2, size: int = RING_SIZE) -> Iterator[Rings]:
     """Make rings of our own in the bpffs, and take them away again."""
-    directory = Path(tempfile.mkdtemp(prefix=f"hostint-rings-{os.getpid()}-", dir="/sys/fs/bpf"))
-    try:
+    with pin_directory("rings") as directory:
         yield Rings(directory, count, size)
-    finally:
-        shutil.rmtree(directory)
 
 
 class Receiver:

@@ -3,13 +3,10 @@
 
 import ctypes
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import textwrap
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -18,14 +15,14 @@ from tests.agent.rings import make_map
 from tests.lab import cni
 from tests.lab.namespace import Namespace, ip
 from tests.lab.topology import Node
+from tests.pins import pin_directory
 
 _HASH, _ARRAY, _MMAPABLE = 1, 2, 1024
 
 
 @pytest.mark.bpf
 def test_ports_are_looked_up_only_where_one_is_not_its_index():
-    with tempfile.TemporaryDirectory(prefix="hostint-ports-", dir="/sys/fs/bpf") as directory:
-        maps = Path(directory)
+    with pin_directory("ports") as maps:
         make_map(maps / "ports", _HASH, 8, 64)
         config = make_map(maps / "config", _ARRAY, ctypes.sizeof(bpf_types.Config), 1, _MMAPABLE)
 
@@ -57,8 +54,7 @@ def test_the_ports_of_tunnel_devices_come_before_the_usual_ones(node):
         network = node.namespace.inside(interfaces.read_network)
         written.set_tunnels(network.tunnel_ports("vxlan"), network.tunnel_ports("geneve"))
 
-    with tempfile.TemporaryDirectory(prefix="hostint-tunnels-", dir="/sys/fs/bpf") as directory:
-        maps = Path(directory)
+    with pin_directory("tunnels") as maps:
         config = make_map(maps / "config", _ARRAY, ctypes.sizeof(bpf_types.Config), 1, _MMAPABLE)
         written = kernel.DatapathConfig(maps)
         read()
@@ -103,8 +99,7 @@ def test_the_first_of_several_programs_is_told_and_0_where_there_is_none(node):
 @pytest.mark.bpf
 def test_the_link_of_a_device_that_is_gone_is_not_taken_for_its_successors(node):
     """The successor has the same name and index, and the programs are others by now: nothing of the old link can be used."""
-    pins = Path(tempfile.mkdtemp(prefix="hostint-links-", dir="/sys/fs/bpf"))
-    with cni.Cni(node) as theirs:
+    with pin_directory("links") as pins, cni.Cni(node) as theirs:
         index = theirs.index("eth0")
         older, newer = (
             bpf_calls.Program(fd, bpf_calls.program_id(fd)) for fd in map(cni.verdict, (-1, 3))
@@ -118,7 +113,6 @@ def test_the_link_of_a_device_that_is_gone_is_not_taken_for_its_successors(node)
         hooks = attach.TcxHooks(pins, {"ingress": newer})
         assert node.namespace.inside(lambda: hooks.ensure(index, "ingress")) == "not first"
         assert [entry.program for entry in theirs.order("eth0", "ingress")] == [newer.id]
-    shutil.rmtree(pins)
     os.close(older.fd)
     os.close(newer.fd)
 

@@ -5,7 +5,6 @@ import ctypes
 import os
 import shutil
 import struct
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from tests.agent import rings
 from tests.agent.rings import make_map
 from tests.agent.test_succession import make, put, words
 from tests.lab.test_crash import copy_pins
+from tests.pins import pin_directory
 
 pytestmark = pytest.mark.bpf
 OLD, NEW, THIRD = "0" * 16, "1" * 16, "2" * 16
@@ -31,8 +31,8 @@ class Killed(BaseException):
 
 @pytest.fixture
 def pins() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="hostint-handover-", dir="/sys/fs/bpf") as directory:
-        yield Path(directory)
+    with pin_directory("handover") as directory:
+        yield directory
 
 
 def build(pins: Path, name: str) -> rings.Rings:

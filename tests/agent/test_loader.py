@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from hostint_agent import bpf_calls, loader
+from tests.pins import pin_directory
 
 
 def edited(directory: Path, name: str, old: str, new: str) -> Path:
@@ -71,9 +72,8 @@ def test_other_numbers_of_cpus_have_other_maps():
 
 @pytest.fixture
 def pin_dir():
-    directory = Path(tempfile.mkdtemp(prefix="hostint-loader-", dir="/sys/fs/bpf"))
-    yield directory
-    shutil.rmtree(directory, ignore_errors=True)
+    with pin_directory("loader") as directory:
+        yield directory
 
 
 def ids(build: Path) -> dict[str, int]:

@@ -5,26 +5,22 @@ import errno
 import fcntl
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from hostint_agent import bpf_calls, loader, pin_keeper
+from tests.pins import pin_directory
 
 pytestmark = pytest.mark.bpf
 
 
 @pytest.fixture(scope="module")
 def loaded() -> Iterator[Path]:
-    directory = Path(f"/sys/fs/bpf/hostint-keeper-{time.monotonic_ns()}")
-    directory.mkdir()
-    try:
+    with pin_directory("keeper") as directory:
         loader.load(directory)
         yield directory
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 @pytest.fixture

@@ -3,13 +3,13 @@
 
 import ctypes
 import struct
-import tempfile
 from pathlib import Path
 
 import pytest
 
 from hostint_agent import bpf_calls, bpf_types, counters, handover
 from tests.agent.rings import make_map
+from tests.pins import pin_directory
 
 pytestmark = pytest.mark.bpf
 FIELDS = counters.WATCHLIST_FIELDS
@@ -20,8 +20,8 @@ _ARRAY, _PERCPU_HASH, _PERCPU_ARRAY = 2, 5, 6
 
 @pytest.fixture
 def pins():
-    with tempfile.TemporaryDirectory(prefix="hostint-succession-", dir="/sys/fs/bpf") as directory:
-        yield Path(directory)
+    with pin_directory("succession") as directory:
+        yield directory
 
 
 def make(pins: Path, name: str, fields: int = len(FIELDS), numbers: int = NUMBERS) -> Path:

@@ -1,23 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Unloading removes what is ours and leaves what is somebody else's."""
 
-import shutil
-import tempfile
 from pathlib import Path
 
 import pytest
 
 from hostint_agent import loader, unload
 from tests.agent.rings import Rings
+from tests.pins import pin_directory
 
 pytestmark = pytest.mark.bpf
 
 
 @pytest.fixture
 def pin_dir():
-    directory = Path(tempfile.mkdtemp(prefix="hostint-unload-", dir="/sys/fs/bpf"))
-    yield directory
-    shutil.rmtree(directory, ignore_errors=True)
+    with pin_directory("unload") as directory:
+        yield directory
 
 
 def test_nothing_loaded_is_nothing_removed(pin_dir):

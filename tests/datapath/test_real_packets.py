@@ -15,6 +15,7 @@ from hostint_agent import bpf_calls, bpf_types, classifier, loader
 from hostint_report import v05
 from tests.datapath import frames, reference_parser, taps
 from tests.lab import datapath as datapaths
+from tests.pins import pin_directory
 
 pytestmark = pytest.mark.lab
 PACKETS = 60_000
@@ -182,12 +183,8 @@ def probe(tmp_path_factory):
     sources = tmp_path_factory.mktemp("probe") / "bpf"
     shutil.copytree(loader.default_bpf_dir(), sources)
     shutil.copy(Path(__file__).with_name("metadata_probe.c"), sources / loader.MAIN_SOURCE)
-    pins = Path(f"/sys/fs/bpf/hostint-test-{os.getpid()}-metadata")
-    pins.mkdir()
-    try:
+    with pin_directory("metadata") as pins:
         yield loader.load(pins, sources)
-    finally:
-        shutil.rmtree(pins)
 
 
 def written_down(probe: Path, name: str, packets: int) -> Sequence[Metadata]:

@@ -6,9 +6,7 @@ For tests that need every single report, settings that the API does not allow (a
 
 import contextlib
 import ctypes
-import itertools
 import os
-import shutil
 import socket
 import struct
 from collections.abc import Iterator, Sequence
@@ -26,8 +24,8 @@ from hostint_agent import (
     tables,
 )
 from tests.lab.namespace import Namespace
+from tests.pins import pin_directory
 
-_INSTANCES = itertools.count()
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 ALL_EVENTS = 7
 NO_CHANGE = 0
@@ -165,13 +163,9 @@ class _RingReader:
 @contextlib.contextmanager
 def loaded(namespace: Namespace, bpf_dir: Path | None = None) -> Iterator[Datapath]:
     """A datapath for one node; everything of it is gone afterwards."""
-    pins = Path(f"/sys/fs/bpf/hostint-test-{os.getpid()}-{next(_INSTANCES)}")
-    pins.mkdir()
-    datapath = None
-    try:
+    with pin_directory("datapath") as pins:
         datapath = Datapath(namespace, pins, bpf_dir)
-        yield datapath
-    finally:
-        if datapath:
+        try:
+            yield datapath
+        finally:
             datapath.detach()
-        shutil.rmtree(pins)

@@ -5,7 +5,6 @@ That no field differs before and after our programs, on packets of every shape, 
 """
 
 import ipaddress
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from hostint_agent import bpf_calls, bpf_types, classifier, loader
 from tests.lab import compiled, traffic
 from tests.lab import datapath as datapaths
 from tests.lab.topology import Lab
+from tests.pins import pin_directory
 
 pytestmark = pytest.mark.lab
 PACKETS = 100_000
@@ -63,10 +63,8 @@ class Cni:
 
 @pytest.fixture(scope="module")
 def cni() -> Iterator[Cni]:
-    pins = Path(f"/sys/fs/bpf/hostint-test-{os.getpid()}-reading-cni")
-    pins.mkdir()
-    yield Cni(pins)
-    shutil.rmtree(pins)
+    with pin_directory("reading-cni") as pins:
+        yield Cni(pins)
 
 
 @pytest.fixture(scope="module")

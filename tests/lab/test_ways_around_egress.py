@@ -9,8 +9,6 @@ egress hook of the pod's interface).
 import contextlib
 import dataclasses
 import ipaddress
-import os
-import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +24,7 @@ from tests.lab.deaths import PORT, Stage
 from tests.lab.namespace import Namespace, ip
 from tests.lab.observed import Observed, Observer
 from tests.lab.paths import wiring
+from tests.pins import pin_directory
 
 pytestmark = pytest.mark.lab
 COUNT = 100
@@ -69,16 +68,12 @@ class Site:
 @pytest.fixture(scope="module")
 def programs() -> Iterator[Path]:
     """The stand-ins' programs, pinned."""
-    pins = Path(f"/sys/fs/bpf/hostint-test-{os.getpid()}-ways")
-    pins.mkdir()
-    try:
+    with pin_directory("ways") as pins:
         names = ("cni_ok", "cni_redirect_peer")
         compiled.bpf(HERE / "paths" / "cni.c", pins, names, {})
         denied = {"DENIED_PORT": DENIED_PORT}
         compiled.bpf(HERE / "policy_cni.c", pins, ("cni_to_pod",), denied)
         yield pins
-    finally:
-        shutil.rmtree(pins)
 
 
 def connect_by_bpf(stage: Stage, pins: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from hostint_agent import kernel, loader
 from tests.agent.cable import cable
 from tests.lab.namespace import Namespace
+from tests.pins import pin_directory
 
 
 @pytest.fixture
@@ -29,14 +30,10 @@ def sources(tmp_path) -> Path:
 @pytest.fixture(scope="module")
 def pins() -> Iterator[Path]:
     """A pin directory with a datapath that is loaded, enabled, and attached nowhere."""
-    directory = Path(f"/sys/fs/bpf/hostint-doctor-loaded-{os.getpid()}")
-    directory.mkdir()
-    try:
+    with pin_directory("doctor") as directory:
         build = loader.load(directory)
         kernel.DatapathConfig(build / "maps").set_enabled(True)
         yield directory
-    finally:
-        shutil.rmtree(directory)
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A CNI is known by its programs, and what that means for reports is said."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from tests.agent.doctor.findings import examine, is_ok, warns
 from tests.agent.doctor.loaded import attached, look
 from tests.lab import cni, compiled
 from tests.lab.topology import Node
+from tests.pins import pin_directory
 
 POLICY = "policy for what comes to a pod drops at the egress hook (reason 92)"
 
@@ -91,16 +91,12 @@ def test_netkit_is_a_warning():
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory) -> Iterator[Path]:
     """Programs of Cilium's names that let everything pass."""
-    pins = Path(f"/sys/fs/bpf/{tmp_path_factory.getbasetemp().name}-cilium")
-    pins.mkdir()
     names = ("cil_from_container", "cil_to_container")
     source = tmp_path_factory.mktemp("cilium") / "cilium.c"
     source.write_text("\n".join(f"int {n}(struct __sk_buff *skb)\n{{ return 0; }}" for n in names))
-    try:
+    with pin_directory("cilium") as pins:
         compiled.bpf(source, pins, names, {})
         yield pins
-    finally:
-        shutil.rmtree(pins)
 
 
 @pytest.mark.bpf
