@@ -42,11 +42,11 @@ from hostint_api import (
 
 VERSION = importlib.metadata.version("hostint")
 _CLOCK_INTERVAL_S = 1.0
-# looks at the clock
-_DROP_FUNCTIONS_EVERY = 5
+# in seconds, which are looks at the clock
+_DROP_FUNCTIONS_EVERY_S = 5
 _MAX_MESSAGE = 256
-# of packets dropped, by the kernel's name of the reason
-_EVENTS = {"NOT_SPECIFIED": "packets dropped, kernel gives no reason"}
+# what is logged of dropped packets, by the kernel's name of the reason
+_DROP_MESSAGES = {"NOT_SPECIFIED": "packets dropped, kernel gives no reason"}
 
 log = structlog.get_logger()
 
@@ -106,6 +106,7 @@ class Agent:
             cgroup=chosen.cgroup_root,
             on_change=self._attachments_changed,
             on_look=self._go_on_with_upgrade,
+            addresses=chosen.node_addresses,
         )
         good = last_good.load(chosen.state_dir, chosen.node)
         if good:
@@ -171,7 +172,7 @@ class Agent:
         self._succession.watchlists_changed(program.fresh_watchlists)
         if wanted.spec:
             self._config.set_node_id(spec.node_id)
-            self._attacher.set_node_address(str(ipaddress.IPv4Address(spec.node_id)))
+            self._attacher.add_address(str(ipaddress.IPv4Address(spec.node_id)))
         # destinations first: no report may wait for a collector that is not known yet
         self._exporter.set_destinations(program.destinations)
         self._exporter.start()
@@ -198,8 +199,8 @@ class Agent:
             # every second, because the wall clock may be set at any time
             self._config.refresh_wall_offset()
             try:
-                before = self._follow_collectors(before)
-                if second % _DROP_FUNCTIONS_EVERY == 0:
+                before = await self._follow_collectors(before)
+                if second % _DROP_FUNCTIONS_EVERY_S == 0:
                     self._log_drop_functions()
             except Exception as error:  # reports go on without it
                 if str(error) != failure:
@@ -208,9 +209,12 @@ class Agent:
             else:
                 failure = ""
 
-    def _follow_collectors(self, before: dict[str, senders.Health]) -> dict[str, senders.Health]:
+    async def _follow_collectors(
+        self, before: dict[str, senders.Health]
+    ) -> dict[str, senders.Health]:
         """Log and announce what changed in the health of collectors, and return it."""
-        self._exporter.recheck()
+        # It may wait for what is being sent, which the event loop must not.
+        await asyncio.to_thread(self._exporter.recheck)
         health = self._exporter.health()
         told = {name: (h.reachable, h.reason) for name, h in health.items()}
         if told != {name: (h.reachable, h.reason) for name, h in before.items()}:
@@ -224,7 +228,7 @@ class Agent:
             for function, count in functions.items():
                 if (reason, function) not in self._logged_functions:
                     self._logged_functions.add((reason, function))
-                    event = _EVENTS.get(reason, "packets dropped, reason has no code")
+                    event = _DROP_MESSAGES.get(reason, "packets dropped, reason has no code")
                     log.info(event, reason=reason, function=function, count=count)
 
     def _tell_collectors(

@@ -214,10 +214,19 @@ class Ports:
             port = self._free_port(ifindex)
             if port != ifindex:
                 self._config.set_port_is_ifindex(False)
-            self._map.update(struct.pack("=I", ifindex), struct.pack("=Q", port))
+            self._update(ifindex, port)
             self._ids[ifindex] = port
         self._config.set_port_is_ifindex(all(i == port for i, port in self._ids.items()))
         return self.ids
+
+    def _update(self, ifindex: int, port: int) -> None:
+        try:
+            self._map.update(struct.pack("=I", ifindex), struct.pack("=Q", port))
+        except OSError as error:
+            if error.errno != errno.E2BIG:
+                raise
+            words = f"{len(self._ids):,} interfaces have one, and no more fit"
+            raise OSError(error.errno, words) from error
 
     def _free_port(self, ifindex: int) -> int:
         taken = set(self._ids.values())
@@ -256,12 +265,13 @@ class Attacher:
         cgroup: Path,
         on_change: Callable[[State], None],
         on_look: Callable[[State], bool] = lambda _: True,
+        addresses: Iterable[str] = (),
     ) -> None:
         """`directory` is `PIN/<build>` as the loader returned it, `cgroup` as in delivery.cgroup_root.
 
         Raises bpf_calls.BpfError.
 
-        `on_look` is called after every look, in the thread that looked; False: look again soon.
+        `addresses` are those that the cluster knows the node by. `on_look` is called after every look, in the thread that looked; False: look again soon.
         """
         self._links = pin_dir / "links"
         programs = {
@@ -271,7 +281,7 @@ class Attacher:
         self._programs = programs
         self._pins = pin_keeper.PinKeeper(pin_dir, directory)
         if mode == "auto":
-            mode = "tcx" if kernel.features().tcx else "clsact"
+            mode = "tcx" if kernel.has_tcx() else "clsact"
             log.info("attaching", method=mode)
         self._tcx = TcxHooks(self._links, programs)
         self._hooks = self._tcx if mode == "tcx" else clsact.Hooks(programs)
@@ -283,13 +293,14 @@ class Attacher:
         self._on_change, self._on_look = on_change, on_look
         self._state = State()
         self._network: interfaces.Network | None = None
-        self._node_address: str | None = None
+        self._addresses = frozenset(addresses)
         self._look_wanted = threading.Event()
         self.end_cause = "the attach thread has ended"
-        self._tries = pacing.TokenBucket()
+        # of steps that failed, and of what others displaced: neither may keep the other waiting
+        self._retries, self._tries = pacing.TokenBucket(), pacing.TokenBucket()
         self._pace = pacing.Pace()
         self._check_interval_s = _CHECK_INTERVAL_S
-        self._next_look = 0.0
+        self._next_look = self._next_check = 0.0
         # before the first look: what changes after it must not go unnoticed
         self._changes = interfaces.Changes()
         self._wake_read, self._wake_write = os.pipe()
@@ -309,10 +320,10 @@ class Attacher:
         """Drops that the drop program did not see, since it ran already on that CPU."""
         return bpf_calls.program_info(self._programs["drop"].fd).recursion_misses
 
-    def set_node_address(self, address: str) -> None:
-        """Have the next look, which is due now, ask which interface sees traffic of this address."""
-        if address != self._node_address:
-            self._node_address = address
+    def add_address(self, address: str) -> None:
+        """Have the next look, which is due now, ask which interface sees traffic of this address, too."""
+        if address not in self._addresses:
+            self._addresses |= {address}
             self._look_wanted.set()
 
     def start(self) -> None:
@@ -354,7 +365,7 @@ class Attacher:
             self._state = state
             self._on_change(state)
         trouble = not self._on_look(state) or state.error or state.failed or state.failures
-        again = trouble and self._tries.spend()
+        again = trouble and self._retries.spend()
         self._next_look = time.monotonic() + (_CHECK_INTERVAL_S if again else _LOOK_INTERVAL_S)
         return state
 
@@ -374,14 +385,17 @@ class Attacher:
         with steps.step(_DROP_STEP):
             self._drop.ensure()
         with steps.step("delivery to sockets"):
-            self._delivery.ensure()
+            self._delivery.ensure_sockets()
+        for name in delivery.HOST:
+            with steps.step(f"delivery to the host, {name}"):
+                self._delivery.ensure_host(name)
         error = self._read()
         network = self._network
         if network is None:
             return State(error=error, failures=steps.failures)
         chosen = choice.choose(network, self._patterns)
         ports = self._describe(network, chosen, steps)
-        cause = steps.failures.get(_PORTS_STEP, "none is left")
+        cause = steps.failures.get(_PORTS_STEP)
         attached = [
             self._attach(interface, ports[interface.ifindex])
             if interface.ifindex in ports
@@ -392,7 +406,7 @@ class Attacher:
         attachments = tuple(attachment for attachment in attached if attachment)
         with steps.step("older attachments"):
             self._hooks.keep_only(frozenset(interface.ifindex for interface in chosen))
-        unseen = choice.unseen(network, self._patterns, chosen, self._node_address)
+        unseen = choice.unseen(network, self._patterns, chosen, self._addresses)
         return State(attachments, error, unseen, steps.failures)
 
     def _read(self) -> str | None:
@@ -475,8 +489,12 @@ class Attacher:
                 self.reconcile()
 
     def _is_due(self) -> bool:
-        if self._look_wanted.is_set() or time.monotonic() >= self._next_look:
+        now = time.monotonic()
+        if self._look_wanted.is_set() or now >= self._next_look:
             return True
+        # Messages of routes that nothing depends on may come by the thousand.
+        if now < self._next_check:
+            return False
         begun = time.thread_time()
         in_place = (
             self._hooks.in_place()
@@ -487,4 +505,5 @@ class Attacher:
         cost_s = time.thread_time() - begun
         wanted = max(cost_s / _CHECK_SHARE, _CHECK_INTERVAL_S)
         self._check_interval_s = min(wanted, _MAX_CHECK_INTERVAL_S)
+        self._next_check = now + self._check_interval_s
         return not in_place and self._tries.spend()

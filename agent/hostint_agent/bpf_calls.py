@@ -176,6 +176,11 @@ def tcx_link_target(fd: int) -> tuple[int, int]:
     return int(fields[2]), int(fields[4])
 
 
+def netfilter_link_priority(fd: int) -> int:
+    """Priority of a netfilter link among the hooks of its place."""
+    return int(struct.unpack_from("=i", _info(fd, 64), 24)[0])
+
+
 def raw_tracepoint_open(name: str, program_fd: int) -> int:
     """Attach a raw tracepoint program; the link lives as long as its descriptor or pin."""
     text = ctypes.create_string_buffer(name.encode())

@@ -17,7 +17,7 @@ So a packet passes one uplink on its way in or out, whatever of the stack has ad
 
 import dataclasses
 import fnmatch
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from hostint_agent.interfaces import Interface, Kind, Link, Network, Patterns
 
@@ -73,7 +73,7 @@ class _Devices:
                 self._ports.setdefault(link.master, []).append(link)
 
     def taps(self, link: Link, passed: frozenset[int] = frozenset()) -> Iterator[Link]:
-        """Yield the devices at which all packets of a device can be seen, once each."""
+        """Yield the devices at which all packets of a device can be seen."""
         # A loop can be read where devices changed between two messages of a dump.
         if link.ifindex in passed:
             return
@@ -165,17 +165,18 @@ def _uplinks(network: Network) -> Iterator[int]:
 
 
 def unseen(
-    network: Network, patterns: Patterns, chosen: Iterable[Interface], node_address: str | None
+    network: Network, patterns: Patterns, chosen: Iterable[Interface], addresses: Collection[str]
 ) -> tuple[Unseen, ...]:
     """Return the devices by which the node's own traffic passes the `chosen` interfaces by.
 
-    A device that `patterns.exclude` names is left out: somebody decided so.
+    `addresses` are those that the cluster knows the node by. A device that `patterns.exclude` names
+    is left out: somebody decided so.
     """
     devices = _Devices(network.links)
     kinds = {interface.ifindex: interface.kind for interface in chosen}
     found = []
     for link in network.links:
-        carries = _carries(link, network, node_address)
+        carries = _carries(link, network, addresses)
         if not carries or link.is_loopback or link.kind in _TUNNELS | _NO_WAY_OUT:
             continue
         taps = list(devices.taps(link))
@@ -187,9 +188,10 @@ def unseen(
     return tuple(found)
 
 
-def _carries(link: Link, network: Network, node_address: str | None) -> str | None:
-    if node_address in network.addresses.get(link.ifindex, ()):
-        return f"the node's address {node_address}"
+def _carries(link: Link, network: Network, addresses: Collection[str]) -> str | None:
+    for address in network.addresses.get(link.ifindex, ()):
+        if address in addresses:
+            return f"the node's address {address}"
     return "the default route" if link.ifindex in network.preferred_route else None
 
 

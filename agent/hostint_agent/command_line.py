@@ -85,6 +85,7 @@ def _add_status_options(parser: argparse.ArgumentParser, environment: Mapping[st
     """Where to look, and how to tell."""
     settings.add_options(parser, environment)
     settings.add_state_options(parser, environment)
+    settings.add_interface_options(parser, environment)
     parser.add_argument(
         "--interval",
         type=settings.as_argument(_seconds),

@@ -2,17 +2,16 @@
 """Attach the programs that see where packets are taken: by sockets (cgroup_skb) and by the host itself (netfilter)."""
 
 import errno
-import functools
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from hostint_agent import bpf_calls
 
 SOCKETS = "sockets"
-LINK_PINS = (SOCKETS, "local-in-4", "local-in-6")
-_FAMILIES = {"local-in-4": socket.AF_INET, "local-in-6": socket.AF_INET6}
+HOST = {"local-in-4": socket.AF_INET, "local-in-6": socket.AF_INET6}
+LINK_PINS = (SOCKETS, *HOST)
 # behind every other hook of LOCAL_IN; the kernel keeps INT_MAX for itself, and one priority for one BPF program
 _LAST_PRIORITY = 2**31 - 2
 _PRIORITIES = 16
@@ -53,28 +52,30 @@ class DeliveryLinks:
         """True as long as the pins are there, which are what holds the links."""
         return all(map(os.path.exists, self._pins))
 
-    def ensure(self) -> None:
-        """Attach the current programs where they are not attached. Raises OSError."""
-        self._ensure(SOCKETS, self._programs["deliver"], self._attach_to_sockets)
-        if "local_in" in self._programs:
-            for name, family in _FAMILIES.items():
-                attach = functools.partial(local_in, family=family)
-                self._ensure(name, self._programs["local_in"], attach)
+    def ensure_sockets(self) -> None:
+        """Attach `deliver` if it is not attached. Raises OSError."""
+        pin, program = self._links / SOCKETS, self._programs["deliver"]
+        if not pin.exists() or attached_program(pin) != program.id:
+            self._pin(pin, sockets(program.fd, cgroup_root(self._cgroup)))
 
-    def _ensure(self, name: str, program: bpf_calls.Program, attach: Callable[[int], int]) -> None:
-        pin = self._links / name
-        if pin.exists() and _attached(pin) == program.id:
+    def ensure_host(self, name: str) -> None:
+        """Attach `local_in` for a family of HOST, if the kernel has it and it is not attached. Raises OSError."""
+        program, family = self._programs.get("local_in"), HOST[name]
+        if program is None:
             return
-        # the new one first: of two that see a packet, the first uses up its slot
-        link = attach(program.fd)
+        pin = self._links / name
+        if not pin.exists() or attached_program(pin) != program.id:
+            self._pin(pin, local_in(program.fd, family))
+        elif (link := _in_place_of(pin, program.fd, family)) is not None:
+            self._pin(pin, link)
+
+    def _pin(self, pin: Path, link: int) -> None:
+        """Pin a link in place of an older one, which it detaches: of two that see a packet, the first uses up its slot."""
         try:
             pin.unlink(missing_ok=True)
             bpf_calls.obj_pin(link, pin)
         finally:
             os.close(link)
-
-    def _attach_to_sockets(self, program_fd: int) -> int:
-        return sockets(program_fd, cgroup_root(self._cgroup))
 
 
 def sockets(program_fd: int, root: Path) -> int:
@@ -104,6 +105,31 @@ def local_in(program_fd: int, family: int) -> int:
     )
 
 
-def _attached(pin: Path) -> int:
+def _in_place_of(pin: Path, program_fd: int, family: int) -> int | None:
+    """Attach where a pinned netfilter link was; None if it still is there. Raises OSError.
+
+    The kernel does not tell of such a link that it was detached, but gives each priority to one BPF program
+    (net/netfilter/core.c, nf_hook_entries_grow).
+    """
     with bpf_calls.opened(pin) as link:
-        return bpf_calls.tcx_link_target(link)[0]
+        priority = bpf_calls.netfilter_link_priority(link)
+    try:
+        return bpf_calls.netfilter_link_create(
+            program_fd, family, bpf_calls.NF_INET_LOCAL_IN, priority
+        )
+    except bpf_calls.BpfError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        return None
+
+
+def attached_program(pin: Path) -> int:
+    """Kernel id of the program that a pinned link runs; 0 if a cgroup link was detached. Raises OSError.
+
+    A netfilter link that was detached looks as if it were not.
+    """
+    with bpf_calls.opened(pin) as link:
+        # The second is the low half of a cgroup's id, which the kernel sets to 0 as it detaches, or the protocol family
+        # of a netfilter link.
+        program, where = bpf_calls.tcx_link_target(link)
+    return program if where else 0

@@ -4,7 +4,6 @@
 import dataclasses
 import functools
 import mmap
-import os
 import socket
 import struct
 import time
@@ -286,25 +285,15 @@ class DatapathConfig:
         self._config.node_id = node_id
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Features:
-    """What of this kernel the agent asked about."""
-
-    release: str
-    btf: bool
-    tcx: bool
-
-
 def ask_for_tcx() -> None:
     """Ask for a TCX list, that of the loopback. Raises OSError: this kernel has no TCX, or we may not ask (EPERM)."""
     bpf_calls.tcx_program_ids(_LOOPBACK, bpf_calls.TCX_INGRESS)
 
 
-def features() -> Features:
-    """Look at the kernel: BTF there, TCX there."""
+def has_tcx() -> bool:
+    """Return True if this kernel has TCX, and we may use it."""
     try:
         ask_for_tcx()
-        tcx = True
     except OSError:
-        tcx = False
-    return Features(release=os.uname().release, btf=VMLINUX_BTF.exists(), tcx=tcx)
+        return False
+    return True

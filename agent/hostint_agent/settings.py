@@ -44,6 +44,8 @@ class Settings:
     health: tuple[str, int] | None = None
     # who may read metrics and topology, besides processes of this host
     http_allow: tuple[Network, ...] = ()
+    # that the cluster knows this node by
+    node_addresses: tuple[str, ...] = ()
 
 
 def parse_listen(text: str) -> tuple[str, int] | None:
@@ -59,6 +61,11 @@ def parse_listen(text: str) -> tuple[str, int] | None:
 def parse_networks(text: str) -> tuple[Network, ...]:
     """CIDRs and addresses with commas between. Raises ValueError."""
     return tuple(_network(part) for part in _names(text))
+
+
+def parse_addresses(text: str) -> tuple[str, ...]:
+    """IP addresses with commas between. Raises ValueError."""
+    return tuple(str(ipaddress.ip_address(part)) for part in _names(text))
 
 
 def _network(text: str) -> Network:
@@ -141,6 +148,27 @@ def add_state_options(parser: argparse.ArgumentParser, environment: Mapping[str,
     )
 
 
+def add_interface_options(parser: argparse.ArgumentParser, environment: Mapping[str, str]) -> None:
+    """Options of every subcommand that knows which interfaces are to be watched."""
+    for flag, words in (("include", "also watch"), ("exclude", "never watch")):
+        parser.add_argument(
+            f"--{flag}-interfaces",
+            type=_names,
+            default=environment.get(f"HOSTINT_{flag.upper()}_INTERFACES", ""),
+            metavar="PATTERNS",
+            help=f"{words} interfaces of these names, shell patterns with commas between "
+            f"(env HOSTINT_{flag.upper()}_INTERFACES)",
+        )
+    parser.add_argument(
+        "--node-addresses",
+        type=as_argument(parse_addresses),
+        default=environment.get("HOSTINT_NODE_ADDRESSES", ""),
+        metavar="ADDRESSES",
+        help="addresses that the cluster knows this node by, with commas between; their traffic must "
+        "be seen (env HOSTINT_NODE_ADDRESSES; an IPv4 node id is always one)",
+    )
+
+
 def add_agent_options(
     parser: argparse.ArgumentParser,
     environment: Mapping[str, str],
@@ -151,15 +179,7 @@ def add_agent_options(
     add_options(parser, environment)
     add_state_options(parser, environment)
     _add_http_options(parser, environment, http, health)
-    for flag, words in (("include", "also watch"), ("exclude", "never watch")):
-        parser.add_argument(
-            f"--{flag}-interfaces",
-            type=_names,
-            default=environment.get(f"HOSTINT_{flag.upper()}_INTERFACES", ""),
-            metavar="PATTERNS",
-            help=f"{words} interfaces of these names, shell patterns with commas between "
-            f"(env HOSTINT_{flag.upper()}_INTERFACES)",
-        )
+    add_interface_options(parser, environment)
     parser.add_argument(
         "--attach",
         choices=get_args(attach.Mode),
@@ -209,6 +229,7 @@ def from_options(options: argparse.Namespace) -> Settings:
         kubeconfig=getattr(options, "kubeconfig", None),
         health=options.health,
         http_allow=options.http_allow,
+        node_addresses=options.node_addresses,
     )
 
 

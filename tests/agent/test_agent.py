@@ -6,7 +6,7 @@ import errno
 import ipaddress
 import json
 import os
-import time
+import threading
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
@@ -34,18 +34,16 @@ from tests.agent.test_node_rules import COLLECTOR, RULE, WATCHLIST, spec
 from tests.agent.test_succession import put, words
 from tests.lab import test_upgrade as upgrades
 from tests.lab.namespace import Namespace, ip
+from tests.pins import pin_directory
 
 pytestmark = pytest.mark.bpf
-# with these nothing of this machine is touched
-NO_INTERFACE = interfaces.Patterns((), ("*",))
 
 
 @pytest.fixture(scope="module")
 def pin_dir():
-    directory = Path(f"/sys/fs/bpf/hostint-agent-{os.getpid()}-{time.monotonic_ns()}")
-    directory.mkdir()
-    yield directory
-    unload.unload(directory)
+    with pin_directory("agent") as directory:
+        yield directory
+        unload.unload(directory)
 
 
 # no interface: nothing of this machine is touched
@@ -188,11 +186,14 @@ def test_a_node_address_that_no_interface_sees_is_told(
     async def scenario(process: agent.Agent) -> None:
         await process.apply(agent.Wanted(spec(nodeID=int(ipaddress.ip_address("10.6.0.2"))), 1))
         # the node's address was not known when the interfaces were looked at
-        await asyncio.sleep(1)
-        state = state_of(process)
-        assert (state.ready, state.reason, state.message[: len(WG0)]) == (ready, reason, message)
-        # once
-        assert not process._attacher._look_wanted.is_set()
+
+        def is_told() -> bool:
+            state = state_of(process)
+            told = (state.ready, state.reason, state.message[: len(WG0)])
+            looked = not process._attacher._look_wanted.is_set()
+            return looked and told == (ready, reason, message)
+
+        await becomes(is_told)
 
     with_agent(pin_dir, tmp_path, scenario, patterns=patterns)
 
@@ -624,6 +625,31 @@ def test_each_function_that_drops_packets_is_logged_once(pin_dir, tmp_path, monk
     with_agent(pin_dir, tmp_path, scenario)
 
 
+def test_a_look_at_collectors_that_waits_keeps_the_event_loop_from_nothing(
+    pin_dir, tmp_path, monkeypatch
+):
+    """A collector without a socket is tried again when nothing is being sent, which may take seconds."""
+
+    async def scenario(process: agent.Agent) -> None:
+        await process.apply(agent.Wanted(spec(), 1))
+        waiting, go_on = threading.Event(), threading.Event()
+
+        def recheck() -> None:
+            waiting.set()
+            assert go_on.wait(30)
+
+        monkeypatch.setattr(process._exporter, "recheck", recheck)
+        keeping = asyncio.create_task(process.keep_time())
+        await becomes(waiting.is_set)
+        await asyncio.sleep(0.05)
+        assert not go_on.is_set()
+        go_on.set()
+        keeping.cancel()
+
+    monkeypatch.setattr(agent, "_CLOCK_INTERVAL_S", 0.02)
+    with_agent(pin_dir, tmp_path, scenario)
+
+
 def test_wall_clock_that_is_set_is_followed(pin_dir, tmp_path, monkeypatch):
     async def scenario(process: agent.Agent) -> None:
         await process.apply(agent.Wanted(spec(), 1))
@@ -636,15 +662,10 @@ def test_wall_clock_that_is_set_is_followed(pin_dir, tmp_path, monkeypatch):
     with_agent(pin_dir, tmp_path, scenario)
 
 
-@pytest.mark.parametrize("thread", ["export", "attach", "http"])
-def test_thread_that_has_ended_ends_the_process(pin_dir, tmp_path, monkeypatch, thread):
+def test_http_thread_that_has_ended_ends_the_process(pin_dir, tmp_path, monkeypatch):
     async def scenario(process: agent.Agent) -> None:
-        if thread == "http":
-            process._serving = lambda: False
-        else:
-            of = {"export": exporter.Exporter, "attach": attach.Attacher}[thread]
-            monkeypatch.setattr(of, "alive", False)
-        with pytest.raises(RuntimeError, match=f"the {thread} thread has ended"):
+        process._serving = lambda: False
+        with pytest.raises(RuntimeError, match="the http thread has ended"):
             await process.keep_time()
 
     monkeypatch.setattr(agent, "_CLOCK_INTERVAL_S", 0.02)

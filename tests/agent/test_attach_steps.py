@@ -2,6 +2,8 @@
 """A step that fails while interfaces are looked at stops no other, is reported and is retried."""
 
 import dataclasses
+import errno
+import os
 import shutil
 import socket
 import time
@@ -11,11 +13,23 @@ from unittest import mock
 
 import pytest
 
-from hostint_agent import attach, bpf_calls, clsact, interfaces, kernel, loader, netlink, settings
+from hostint_agent import (
+    attach,
+    bpf_calls,
+    clsact,
+    delivery,
+    interfaces,
+    kernel,
+    loader,
+    netlink,
+    settings,
+)
 from tests.agent import node_shapes
 from tests.agent.cable import cable
 from tests.agent.test_interfaces import MALFORMED_ADDRESSES, MALFORMED_LINKS, OTHER_FAMILIES
+from tests.lab import cni
 from tests.lab.namespace import Namespace, ip
+from tests.pins import pin_directory
 
 pytestmark = pytest.mark.bpf
 CGROUP_ROOT = Path(settings.DEFAULT_CGROUP_ROOT)
@@ -23,13 +37,9 @@ CGROUP_ROOT = Path(settings.DEFAULT_CGROUP_ROOT)
 
 @pytest.fixture(scope="module")
 def pins() -> Iterator[Path]:
-    directory = Path(f"/sys/fs/bpf/hostint-steps-{time.monotonic_ns()}")
-    directory.mkdir()
-    try:
+    with pin_directory("steps") as directory:
         loader.load(directory)
         yield directory
-    finally:
-        shutil.rmtree(directory)
 
 
 @pytest.fixture
@@ -43,19 +53,23 @@ def near(ends) -> Namespace:
     return ends[0]
 
 
+def attacher_of(
+    pins: Path, mode: attach.Mode = "tcx", cgroup: Path = CGROUP_ROOT
+) -> attach.Attacher:
+    """An attacher for the namespace of the calling thread."""
+    return attach.Attacher(
+        pins,
+        loader.current(pins),
+        patterns=interfaces.Patterns(),
+        mode=mode,
+        cgroup=cgroup,
+        on_change=print,
+    )
+
+
 @pytest.fixture
 def attacher(near, pins) -> Iterator[attach.Attacher]:
-    def make() -> attach.Attacher:
-        return attach.Attacher(
-            pins,
-            loader.current(pins),
-            patterns=interfaces.Patterns(),
-            mode="tcx",
-            cgroup=CGROUP_ROOT,
-            on_change=print,
-        )
-
-    made = near.inside(make)
+    made = near.inside(lambda: attacher_of(pins))
     yield made
     made.stop()
     shutil.rmtree(pins / "links", ignore_errors=True)
@@ -92,6 +106,11 @@ def failing(error: Exception) -> Callable[..., None]:
 STEPS = {
     "pins": (attach.pin_keeper.PinKeeper, "restore"),
     "drop program": (attach.DropLink, "ensure"),
+    "delivery to sockets": (delivery.DeliveryLinks, "ensure_sockets"),
+    **{
+        f"delivery to the host, {name}": (delivery.DeliveryLinks, "ensure_host")
+        for name in delivery.HOST
+    },
     "tunnel ports": (kernel.DatapathConfig, "set_tunnels"),
     "older attachments": (attach.TcxHooks, "keep_only"),
 }
@@ -102,16 +121,86 @@ STEPS = {
 def test_a_step_that_fails_stops_no_other(near, pins, attacher, monkeypatch, step, error):
     (pins / "links").mkdir(exist_ok=True)
     where, name = STEPS[step]
-    monkeypatch.setattr(where, name, failing(error))
+    work = getattr(where, name)
+
+    def work_for_others(self: object, *arguments: object) -> object:
+        if step.startswith("delivery to the host") and not step.endswith(arguments[0]):
+            return work(self, *arguments)
+        raise error
+
+    monkeypatch.setattr(where, name, work_for_others)
     near.inside(attacher.start)
     assert attacher.state().failures == {step: str(error)}
     assert attacher.state().failed == ()
     assert is_attached(near, pins, "eth0")
     assert attacher.state().drops_unseen == (step == "drop program")
+    assert (pins / "links" / delivery.SOCKETS).exists() == (step != "delivery to sockets")
+    for name in delivery.HOST:
+        assert (pins / "links" / name).exists() == (not step.endswith(name))
     assert attacher._next_look < time.monotonic() + 1
     monkeypatch.undo()
     eventually(lambda: not attacher.state().failures)
     assert attacher.alive
+
+
+def test_delivery_without_a_cgroup_root_is_seen_where_no_socket_takes_it(near, pins, tmp_path):
+    made = near.inside(lambda: attacher_of(pins, cgroup=tmp_path))
+    near.inside(made.start)
+    try:
+        (failure,) = made.state().failures.items()
+        assert failure[0] == "delivery to sockets"
+        assert "is not the root of a cgroup v2 hierarchy of the host" in failure[1]
+        assert [name for name in delivery.LINK_PINS if (pins / "links" / name).exists()] == [
+            *delivery.HOST
+        ]
+    finally:
+        made.stop()
+        shutil.rmtree(pins / "links")
+
+
+def detach(pin: Path) -> None:
+    """Do what `bpftool link detach` does: the pin stays."""
+    with bpf_calls.opened(pin) as link:
+        cni.detach(link)
+
+
+def test_a_cgroup_link_that_somebody_detached_is_attached_again(near, pins, attacher):
+    near.inside(attacher.start)
+    pin = pins / "links" / delivery.SOCKETS
+    program = delivery.attached_program(pin)
+    detach(pin)
+    assert delivery.attached_program(pin) == 0
+    near.inside(attacher.reconcile)
+    assert delivery.attached_program(pin) == program
+
+
+@pytest.mark.parametrize("name", delivery.HOST)
+def test_a_netfilter_link_that_somebody_detached_is_attached_again(near, pins, attacher, name):
+    """Its pin looks the same, but its priority is free."""
+    near.inside(attacher.start)
+    pin = pins / "links" / name
+
+    def is_attached() -> bool:
+        with bpf_calls.opened(pin.parents[1] / build / "programs" / "local_in") as program:
+            try:
+                os.close(
+                    bpf_calls.netfilter_link_create(
+                        program,
+                        delivery.HOST[name],
+                        bpf_calls.NF_INET_LOCAL_IN,
+                        delivery._LAST_PRIORITY,
+                    )
+                )
+            except bpf_calls.BpfError as error:
+                return error.errno == errno.EBUSY
+            return False
+
+    build = loader.current(pins).name
+    assert near.inside(is_attached)
+    detach(pin)
+    assert not near.inside(is_attached)
+    near.inside(attacher.reconcile)
+    assert near.inside(is_attached)
 
 
 def test_only_a_pod_without_a_port_id_is_not_attached(ends, pins, attacher, monkeypatch):
@@ -123,12 +212,41 @@ def test_only_a_pod_without_a_port_id_is_not_attached(ends, pins, attacher, monk
     eventually(lambda: bool(attacher.state().failed))
     (failed,) = attacher.state().failed
     assert failed.interface.name == "pod9"
-    assert failed.error == "no port id: [Errno 7] Argument list too long"
+    assert failed.error == "no port id: [Errno 7] 1 interfaces have one, and no more fit"
     assert is_attached(near, pins, "eth0")
     assert not is_attached(near, pins, "pod9")
     monkeypatch.undo()
     eventually(lambda: not attacher.state().failed)
     assert is_attached(near, pins, "pod9")
+
+
+def test_what_fails_for_long_keeps_nothing_displaced(near, pins, attacher, monkeypatch):
+    """Tries of a step that fails each time are spent after some seconds."""
+    monkeypatch.setattr(
+        delivery.DeliveryLinks, "ensure_sockets", failing(OSError(2, "no cgroup root"))
+    )
+    near.inside(attacher.start)
+    eventually(lambda: not attacher._retries.spend())
+    for _ in range(3):
+        (pins / "links" / "kfree_skb").unlink()
+        eventually((pins / "links" / "kfree_skb").exists, within_s=3.0)
+
+
+def test_hooks_are_asked_no_more_often_while_messages_come(near, attacher, monkeypatch):
+    """Of routes that nothing depends on, as where BGP moves."""
+    asked = []
+    in_place = attach.TcxHooks.in_place
+    monkeypatch.setattr(attach.TcxHooks, "in_place", lambda s: asked.append(1) or in_place(s))
+    near.inside(attacher.start)
+    asked.clear()
+    until = time.monotonic() + 1.5
+    changes = 0
+    while time.monotonic() < until:
+        route = "blackhole 198.51.100.1/32 table 77"
+        ip(*(f"-n {near.name} route {word} {route}" for word in ("add", "del")))
+        changes += 1
+    assert changes > 20
+    assert 1 <= len(asked) <= 1.5 / attach._CHECK_INTERVAL_S + 1
 
 
 def test_interfaces_that_cannot_be_read_stay_attached(near, pins, attacher, monkeypatch):
@@ -175,17 +293,7 @@ def test_a_device_that_goes_before_it_is_attached_is_no_failure(near, pins, mode
     devices = [node_shapes.pod(index, "eth0"), node_shapes.pod(9999, "pod0")]
     network = node_shapes.read(node_shapes.Shape(devices, []))
 
-    def make() -> attach.Attacher:
-        return attach.Attacher(
-            pins,
-            loader.current(pins),
-            patterns=interfaces.Patterns(),
-            mode=mode,
-            cgroup=CGROUP_ROOT,
-            on_change=print,
-        )
-
-    made = near.inside(make)
+    made = near.inside(lambda: attacher_of(pins, mode))
     with mock.patch.object(interfaces, "read_network", lambda: network):
         near.inside(made.start)
     try:

@@ -24,7 +24,6 @@ def network(*links: interfaces.Link, addresses=None, default_route=()) -> interf
     return interfaces.Network(
         links=links,
         addresses=addresses or {},
-        local=frozenset(),
         default_route=frozenset(default_route),
         preferred_route=frozenset(default_route),
     )
@@ -126,6 +125,11 @@ ADDRESS = {"EKS": "192.168.10.21", "AKS, bridge mode": "10.240.0.4", "OVS": "192
 ADDRESS["VLAN without a default route"] = "10.100.0.11"
 
 
+def known(name: str) -> set[str]:
+    """The addresses that the cluster knows such a node by."""
+    return {ADDRESS[name]} if name in ADDRESS else set()
+
+
 @pytest.mark.parametrize("name", WHOLE)
 def test_of_each_stack_of_a_node_one_device_is_chosen(name):
     shape, uplinks, pods = WHOLE[name]
@@ -137,7 +141,7 @@ def test_of_each_stack_of_a_node_one_device_is_chosen(name):
 def test_no_traffic_of_such_a_node_goes_unseen(name):
     found = shapes.read(WHOLE[name][0])
     picked = choice.choose(found, NOTHING)
-    assert choice.unseen(found, NOTHING, picked, ADDRESS.get(name)) == ()
+    assert choice.unseen(found, NOTHING, picked, known(name)) == ()
 
 
 @pytest.mark.parametrize("name", WHOLE)
@@ -147,9 +151,9 @@ def test_without_its_uplinks_a_node_has_traffic_unseen(name):
     pods = [each for each in choice.choose(found, NOTHING) if each.kind == "pod"]
     left = [pod for pod in pods if name not in ("kind", "cabled bridges")]
     seen_otherwise = name == "k3s without a network"
-    assert bool(choice.unseen(found, NOTHING, left, ADDRESS.get(name))) != seen_otherwise
+    assert bool(choice.unseen(found, NOTHING, left, known(name))) != seen_otherwise
     everything = interfaces.Patterns(exclude=("*",))
-    assert choice.unseen(found, everything, [], ADDRESS.get(name)) == ()
+    assert choice.unseen(found, everything, [], known(name)) == ()
 
 
 UNSEEN = {
@@ -180,8 +184,19 @@ UNSEEN = {
 def test_what_no_interface_sees_is_named_with_what_to_do(name):
     shape, address, words = UNSEEN[name]
     found = shapes.read(shape)
-    (unseen,) = choice.unseen(found, NOTHING, choice.choose(found, NOTHING), address)
+    (unseen,) = choice.unseen(found, NOTHING, choice.choose(found, NOTHING), {address} - {None})
     assert str(unseen).startswith(words)
+
+
+def test_any_address_that_the_cluster_knows_the_node_by_must_be_seen():
+    """On a node without IPv4 the node id is no address."""
+    devices = [shapes.nic(2, "eth0", "198.51.100.4/24")]
+    devices += [shapes.nic(3, "wg0", "fd00:6::2/64", kind="wireguard", type=65534)]
+    found = shapes.read(Shape(devices, [shapes.default(2)]))
+    picked = choice.choose(found, NOTHING)
+    assert choice.unseen(found, NOTHING, picked, {"77.1.2.3"}) == ()
+    (unseen,) = choice.unseen(found, NOTHING, picked, {"77.1.2.3", "fd00:6::2"})
+    assert str(unseen).startswith("the node's address fd00:6::2 is on wg0")
 
 
 def test_what_is_said_of_an_interface_fits_a_status():
@@ -191,7 +206,7 @@ def test_what_is_said_of_an_interface_fits_a_status():
     devices += [shapes.nic(2, name, f"{address}/32", kind="wireguard", type=65534)]
     for device in devices:
         found = shapes.read(Shape([device], []))
-        (unseen,) = choice.unseen(found, NOTHING, [], address)
+        (unseen,) = choice.unseen(found, NOTHING, [], {address})
         assert len(str(unseen)) <= 256
 
 
@@ -199,7 +214,7 @@ def test_only_the_preferred_default_route_counts():
     """A way that is taken when the first one fails is no reason for a complaint."""
     routes = [shapes.default(2, metric=50), shapes.default(3, metric=100)]
     found = shapes.read(dataclasses.replace(shapes.FULL_TUNNEL, routes=routes))
-    assert choice.unseen(found, NOTHING, choice.choose(found, NOTHING), None) == ()
+    assert choice.unseen(found, NOTHING, choice.choose(found, NOTHING), ()) == ()
 
 
 def test_an_included_port_sees_what_a_bridge_carries():
@@ -209,7 +224,7 @@ def test_an_included_port_sees_what_a_bridge_carries():
     found = shapes.read(dataclasses.replace(shape, devices=[*shape.devices, other]))
     picked = choice.choose(found, patterns)
     assert names(picked) == {"tap0": "uplink", "veth4": "pod"}
-    assert choice.unseen(found, patterns, picked, None) == ()
+    assert choice.unseen(found, patterns, picked, ()) == ()
 
 
 def test_a_bridge_without_an_address_leads_its_pods_out():
@@ -275,7 +290,7 @@ def test_a_tunnel_is_no_uplink_whatever_it_is_bound_to(kind, routes):
     found = shapes.read(Shape(devices, routes))
     picked = choice.choose(found, NOTHING)
     assert names(picked) == {"eth0": "uplink"}
-    assert choice.unseen(found, NOTHING, picked, "10.1.0.1") == ()
+    assert choice.unseen(found, NOTHING, picked, {"10.1.0.1"}) == ()
 
 
 @pytest.mark.parametrize("kind", ["l2tp_eth", "macvlan", ""])
@@ -299,7 +314,7 @@ def test_a_port_above_a_device_that_ends_here_is_no_way_out(below):
     ]
     found = shapes.read(Shape(devices, [shapes.default(2)]))
     assert choice.choose(found, NOTHING) == []
-    (unseen,) = choice.unseen(found, NOTHING, [], None)
+    (unseen,) = choice.unseen(found, NOTHING, [], ())
     assert unseen.name == "br0"
 
 
@@ -309,7 +324,7 @@ def test_an_address_of_the_node_on_its_loopback_is_seen_elsewhere():
     found = shapes.read(Shape([lo, shapes.nic(2, "eth0")], [shapes.default(2)]))
     picked = choice.choose(found, NOTHING)
     assert names(picked) == {"eth0": "uplink"}
-    assert choice.unseen(found, NOTHING, picked, "192.0.2.1") == ()
+    assert choice.unseen(found, NOTHING, picked, {"192.0.2.1"}) == ()
 
 
 @pytest.mark.parametrize(
@@ -322,8 +337,8 @@ def test_an_exclusion_is_no_reason_for_a_complaint(shape, exclude):
     found = shapes.read(shape)
     picked = choice.choose(found, patterns)
     assert "uplink" not in names(picked).values()
-    assert choice.unseen(found, patterns, picked, None) == ()
-    assert len(choice.unseen(found, NOTHING, picked, None)) == 1
+    assert choice.unseen(found, patterns, picked, ()) == ()
+    assert len(choice.unseen(found, NOTHING, picked, ())) == 1
 
 
 def test_a_bridge_whose_ports_are_all_watched_is_seen():
@@ -336,8 +351,8 @@ def test_a_bridge_whose_ports_are_all_watched_is_seen():
     found = shapes.read(Shape(devices, [shapes.default(2)]))
     picked = choice.choose(found, NOTHING)
     assert names(picked) == {"eth0": "pod", "veth4": "pod"}
-    assert choice.unseen(found, NOTHING, picked, None) == ()
-    assert len(choice.unseen(found, NOTHING, picked[:1], None)) == 1
+    assert choice.unseen(found, NOTHING, picked, ()) == ()
+    assert len(choice.unseen(found, NOTHING, picked[:1], ())) == 1
 
 
 def test_a_loop_of_devices_ends():
@@ -376,7 +391,7 @@ def test_stacks_of_this_kernel_are_read_as_they_are():
         found = near.inside(interfaces.read_network)
     picked = choice.choose(found, NOTHING)
     assert names(picked) == {"eth0": "uplink", "pod0": "pod", "pod1": "pod"}
-    assert choice.unseen(found, NOTHING, picked, "10.98.0.1") == ()
+    assert choice.unseen(found, NOTHING, picked, {"10.98.0.1"}) == ()
     pods = [each for each in picked if each.kind == "pod"]
-    (missed,) = choice.unseen(found, NOTHING, pods, "10.98.0.1")
+    (missed,) = choice.unseen(found, NOTHING, pods, {"10.98.0.1"})
     assert missed.name == "host0"

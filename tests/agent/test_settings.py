@@ -27,6 +27,13 @@ def test_listen_address_without_a_port_is_refused(text):
         settings.parse_listen(text)
 
 
+def test_node_addresses_are_written_as_the_kernel_writes_them():
+    assert settings.parse_addresses("") == ()
+    assert settings.parse_addresses("192.0.2.1, FD00:0::1") == ("192.0.2.1", "fd00::1")
+    with pytest.raises(ValueError, match="'node-a' does not appear to be"):
+        settings.parse_addresses("node-a")
+
+
 def test_networks():
     assert settings.parse_networks("") == ()
     networks = settings.parse_networks("10.244.0.0/16, fd00::/8,192.0.2.9")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks of `hostint-agent doctor` that concern what is loaded and attached, and where. They look, and change nothing."""
 
+import contextlib
 import errno
 import ipaddress
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from hostint_agent import (
     loader,
     netlink,
     pinned,
+    settings,
 )
 from hostint_agent.doctor import finding
 from hostint_agent.doctor.finding import Finding
@@ -126,34 +128,34 @@ def network_namespace(loaded: Loaded | None) -> Finding:
     return finding.warning(check, "not the host's: only its own interfaces are watched", remedy)
 
 
-def attachments(patterns: interfaces.Patterns, loaded: Loaded | None) -> Iterator[Finding]:
+def attachments(given: settings.Settings, loaded: Loaded | None) -> Iterator[Finding]:
     """Yield which interfaces are watched, and what is wrong with each; then what none of them sees.
 
     Raises OSError.
     """
     network = interfaces.read_network()
-    chosen = choice.choose(network, patterns)
+    chosen = choice.choose(network, given.patterns)
     if not chosen:
         words = "there is neither a pod's interface nor an uplink"
         remedy = "name those to watch with --include-interfaces (not lo, and none without Ethernet)"
         yield finding.warning("interfaces", words, remedy)
     elif loaded is None:
-        yield _would_be_watched(chosen)
+        yield _would_be_watched(chosen, given.pin_dir)
     else:
         yield from _watched(chosen, loaded)
-    address = str(ipaddress.IPv4Address(loaded.node_id)) if loaded else None
-    for each in choice.unseen(network, patterns, chosen, address):
+    addresses = set(given.node_addresses)
+    if loaded:
+        addresses.add(str(ipaddress.IPv4Address(loaded.node_id)))
+    for each in choice.unseen(network, given.patterns, chosen, addresses):
         yield finding.warning(f"uplink {each.name}", each.found, each.remedy)
 
 
-def _would_be_watched(chosen: Sequence[interfaces.Interface]) -> Finding:
-    with netlink.Socket() as route:
-        left = [
-            each.name
-            for each in chosen
-            for direction in clsact.DIRECTIONS
-            if any(one.is_ours for one in clsact.filters(route, each.ifindex, direction))
-        ]
+def _would_be_watched(chosen: Sequence[interfaces.Interface], pin_dir: Path) -> Finding:
+    left: list[str] = []
+    # Where something is pinned, or pins may not be read, the check `datapath` has said what is wrong.
+    with contextlib.suppress(PermissionError):
+        if not loader.builds(pin_dir):
+            left += _still_run(chosen, pin_dir / "links")
     if left:
         where = listed([*dict.fromkeys(left)])
         words = f"programs of ours whose maps are pinned nowhere run on {where}"
@@ -161,6 +163,19 @@ def _would_be_watched(chosen: Sequence[interfaces.Interface]) -> Finding:
         return finding.warning("interfaces", words, remedy)
     kinds = [f"{interface.name} ({interface.kind})" for interface in chosen]
     return finding.ok("interfaces", f"{len(chosen)} to watch: {listed(kinds)}")
+
+
+def _still_run(chosen: Sequence[interfaces.Interface], links: Path) -> Iterator[str]:
+    """Yield the interfaces on which programs of ours run, by filters or by links that are pinned."""
+    pinned_links = {path.name for path in links.iterdir()} if links.is_dir() else set()
+    with netlink.Socket() as route:
+        for each in chosen:
+            for direction in clsact.DIRECTIONS:
+                filters = clsact.filters(route, each.ifindex, direction)
+                if f"tcx-{each.ifindex}-{direction}" in pinned_links or any(
+                    one.is_ours for one in filters
+                ):
+                    yield each.name
 
 
 def _watched(chosen: Sequence[interfaces.Interface], loaded: Loaded) -> Iterator[Finding]:

@@ -7,7 +7,7 @@ They look, and change nothing.
 from collections.abc import Iterator
 from pathlib import Path
 
-from hostint_agent import bpf_calls, delivery, loader
+from hostint_agent import delivery, loader
 from hostint_agent.doctor import finding
 from hostint_agent.doctor.datapath_checks import Loaded
 from hostint_agent.doctor.finding import Finding
@@ -76,11 +76,8 @@ def link(pin: Path, name: str, loaded: Loaded) -> Finding | None:
 def _problem(pin: Path, program: int) -> str | None:
     if not pin.exists():
         return "is not attached"
-    with bpf_calls.opened(pin) as opened:
-        # The second is the low half of a cgroup's id, which the kernel sets to 0 as it detaches, or
-        # the protocol family of a netfilter link.
-        attached, where = bpf_calls.tcx_link_target(opened)
-    if not where:
+    attached = delivery.attached_program(pin)
+    if not attached:
         return "was detached by another program"
     if attached != program:
         return f"runs program {attached}, not {program} of the loaded build"

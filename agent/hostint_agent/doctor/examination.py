@@ -48,7 +48,7 @@ def _datapath(chosen: settings.Settings) -> Iterator[Finding]:
     except OSError as error:
         yield finding.unseen("datapath", error)
     yield from _each("network namespace", lambda: datapath_checks.network_namespace(loaded))
-    yield from _each("interfaces", lambda: datapath_checks.attachments(chosen.patterns, loaded))
+    yield from _each("interfaces", lambda: datapath_checks.attachments(chosen, loaded))
     links = chosen.pin_dir / "links"
     yield from _each("delivery", lambda: delivery_checks.check(chosen.cgroup_root, links, loaded))
     yield from _each("cni", lambda: cni_checks.check(chosen.patterns, loaded))

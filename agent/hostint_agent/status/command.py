@@ -8,7 +8,7 @@ import json
 import sys
 import time
 
-from hostint_agent import settings
+from hostint_agent import interfaces, settings
 from hostint_agent.status import look, text
 
 _NEEDS = "status needs CAP_BPF and CAP_NET_ADMIN: run it as root, or in the agent's container"
@@ -19,7 +19,14 @@ _PAUSE_S = 1.0
 
 def run(options: argparse.Namespace) -> int:
     """Print; 0, or 1 where there is nothing to print, or not for us to see."""
-    where = look.Where(options.pin_dir, options.bpf_dir, options.state_dir, options.node)
+    where = look.Where(
+        options.pin_dir,
+        options.bpf_dir,
+        options.state_dir,
+        options.node,
+        interfaces.Patterns(options.include_interfaces, options.exclude_interfaces),
+        options.node_addresses,
+    )
     try:
         _write(_text(look.gather(where, options.interval), options), options)
         while options.watch:

@@ -3,9 +3,8 @@
 
 import contextlib
 import errno
-import ipaddress
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,11 +41,16 @@ class Hooks:
     unseen: tuple[str, ...]
 
 
-def read(maps: Path, ours: Mapping[str, int], node_id: int) -> Hooks:
+def read(
+    maps: Path,
+    ours: Mapping[str, int],
+    addresses: Collection[str],
+    patterns: interfaces.Patterns,
+) -> Hooks:
     """Look at the interfaces that the agent has chosen, or that have a program of ours.
 
     Those that it has chosen have a port id. `ours`: kernel ids of our programs by direction.
-    Raises OSError.
+    `addresses` and `patterns` as in choice.unseen. Raises OSError.
     """
     ports = _ports(bpf_calls.Map.open(maps / "ports"))
     network = interfaces.read_network()
@@ -66,8 +70,7 @@ def read(maps: Path, ours: Mapping[str, int], node_id: int) -> Hooks:
     kept = tuple(i for i in found if i.ifindex in ports or any(h.method for h in i.hooks))
     indexes = {each.ifindex for each in kept}
     chosen = [one for one in possible if one.ifindex in indexes]
-    address = str(ipaddress.IPv4Address(node_id))
-    unseen = choice.unseen(network, interfaces.Patterns(), chosen, address)
+    unseen = choice.unseen(network, patterns, chosen, addresses)
     return Hooks(kept, tuple(each.found for each in unseen))
 
 

@@ -6,16 +6,18 @@ Only data: how a person is told is `status_text`'s business.
 
 import errno
 import importlib.metadata
+import ipaddress
 import struct
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from hostint_agent import (
     bpf_calls,
     bpf_types,
     counters,
+    interfaces,
     kernel,
     last_good,
     loader,
@@ -31,12 +33,17 @@ class NoStatus(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Where:
-    """What to look at: pins and sources of the programs, and whose last good configuration has the names."""
+    """What to look at: pins and sources of the programs, and whose last good configuration has the names.
+
+    `patterns` and `addresses` (of the node) are those that the agent was given, as in choice.unseen.
+    """
 
     pin_dir: Path
     bpf_dir: Path
     state_dir: Path
     node: str
+    patterns: interfaces.Patterns = field(default_factory=interfaces.Patterns)
+    addresses: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +170,7 @@ class _Look:
         programs = {name: pinned.program(self._build, name) for name in loader.programs()}
         own_namespace = config.netns_cookie in (0, kernel.netns_cookie())
         ids = {name: program.id for name, program in programs.items()}
-        hooks = hook_orders.read(self._maps, ids, config.node_id) if own_namespace else None
+        hooks = self._hooks(ids, config.node_id) if own_namespace else None
         names = kernel.drop_reason_names()
         age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - programs["drop"].loaded_ns / 1e9
         return Status(
@@ -197,6 +204,10 @@ class _Look:
             rates=tallies.rates(before, now) if before else None,
             losses=tallies.losses(before, now),
         )
+
+    def _hooks(self, programs: Mapping[str, int], node_id: int) -> hook_orders.Hooks:
+        addresses = {*self._where.addresses, str(ipaddress.IPv4Address(node_id))}
+        return hook_orders.read(self._maps, programs, addresses, self._where.patterns)
 
     def _tally(self) -> tallies.Tally:
         exported = self._rings.counters

@@ -41,7 +41,7 @@ _OF_DATAPATH = {
     "drop_nested": "Drops were not looked at while an upgrade replaced the programs; watched packets among them count as "
     "unresolved, and there is nothing to do.",
     "drop_function_unknown": "Drops were not counted by function, because the table of functions was "
-    "full; they are counted by reason, and there is nothing to do.",
+    "full or the function had no name; they are counted by reason, and there is nothing to do.",
 }
 _OF_PROGRAM = {
     "drop_recursion_misses": "Drops in an interrupt of the drop program were not looked at; watched packets among them count "

@@ -54,6 +54,9 @@ def test_an_uplink_that_cannot_be_watched_is_named(near, pins):
         )
         warns(found["uplink tun0"], words, "--exclude-interfaces tun0")
         assert "uplink tun0" not in look(near, pins, "--exclude-interfaces", "tun*")
+        ip(f"-n {near.name} addr add fd00:8::2/64 dev tun0 nodad")
+        found = look(near, pins, "--node-addresses", "10.98.0.1,fd00:8::2")
+        warns(found["uplink tun0"], "the node's address fd00:8::2 is on tun0")
         config.set_node_id(int.from_bytes(bytes((10, 8, 0, 2))))
         try:
             warns(look(near, pins)["uplink tun0"], "the node's address 10.8.0.2 is on tun0")
@@ -82,6 +85,28 @@ def test_filters_whose_maps_are_pinned_nowhere_are_a_warning(near, pins, pin_dir
         found = look(near, pin_dir)
         warns(found["interfaces"], "programs of ours", "run on eth0", "hostint-agent unload")
     is_ok(look(near, pin_dir)["interfaces"], "1 to watch")
+
+
+@pytest.mark.bpf
+def test_links_that_are_left_without_a_build_are_a_warning(near, pins, pin_dir):
+    """As the filters: somebody removed `PIN/<build>` while no agent ran."""
+    pin_dir.mkdir()
+    with attached(near, pins):
+        build = loader.current(pins)
+        build.rename(pins / "aside")
+        try:
+            warns(look(near, pins)["interfaces"], "programs of ours", "run on eth0", "unload")
+        finally:
+            (pins / "aside").rename(build)
+        # what cannot be read is not taken for what is not there
+        program = build / "programs" / "ingress"
+        program.rename(pins / "aside")
+        try:
+            found = look(near, pins)
+        finally:
+            (pins / "aside").rename(program)
+        fails(found["datapath"], "is loaded without program ingress")
+        is_ok(found["interfaces"], "1 to watch: eth0")
 
 
 @pytest.mark.bpf

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from hostint_agent import command_line, interfaces, loader
+from hostint_agent import command_line, loader, settings
 from hostint_agent.doctor import (
     collector_checks,
     datapath_checks,
@@ -81,7 +81,10 @@ def test_nothing_of_it_stays_open_attached_or_pinned(near, pins, tmp_path):
         node_checks.shared_memory()
         found, loaded = datapath_checks.find(pins, loader.default_bpf_dir())
         is_ok(found)
-        near.inside(lambda: datapath_checks.attachments(interfaces.Patterns(), loaded))
+        chosen = settings.from_options(
+            command_line.parser({}).parse_args(["doctor", "--pin-dir", str(pins)])
+        )
+        assert near.inside(lambda: list(datapath_checks.attachments(chosen, loaded)))
         destination = command_line.parse_collector(f"{FAR}:1")
         near.inside(lambda: collector_checks.reach(destination))
         http_checks.address(("127.0.0.1", 0))
