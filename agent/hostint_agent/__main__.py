@@ -78,8 +78,11 @@ def _make(pin_dir: Path) -> None:
 
 
 @contextlib.contextmanager
-def _alone(pin_dir: Path) -> Iterator[None]:
-    """Be the only process that works with this pin directory; two would send every report twice. Raises StartError."""
+def _alone(pin_dir: Path) -> Iterator[int]:
+    """Be the only process that works with this pin directory; two would send every report twice.
+
+    Yields a descriptor of the directory, which holds the lock. Raises StartError.
+    """
     deadline = time.monotonic() + _LOCK_WAIT_S
     while (directory := _locked(pin_dir)) is None:
         if time.monotonic() > deadline:
@@ -90,7 +93,7 @@ def _alone(pin_dir: Path) -> Iterator[None]:
     # the loader is ours too: should we be killed, nobody else begins before it has ended
     os.set_inheritable(directory, True)
     try:
-        yield
+        yield directory
     finally:
         os.close(directory)
 
@@ -102,15 +105,23 @@ def _locked(pin_dir: Path) -> int | None:
     try:
         fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # whoever had it may have removed the directory, and a third may have made it anew
-        if os.path.samestat(os.fstat(directory), pin_dir.stat()):
+        if _is_at(pin_dir, directory):
             return directory
-    except (BlockingIOError, FileNotFoundError):
+    except BlockingIOError:
         pass
     except BaseException:
         os.close(directory)
         raise
     os.close(directory)
     return None
+
+
+def _is_at(pin_dir: Path, directory: int) -> bool:
+    """Return True if this descriptor is of the directory that has the name now."""
+    try:
+        return os.path.samestat(os.fstat(directory), pin_dir.stat())
+    except FileNotFoundError:
+        return False
 
 
 def start(process: agent.Agent) -> None:
@@ -217,14 +228,26 @@ def _standalone(options: argparse.Namespace) -> int:
         node_id = standalone.default_node_id(interfaces.read_network())
     configuration = standalone.Configuration(options.files, node_id)
     ensure_bpffs(chosen.pin_dir)
-    with _alone(chosen.pin_dir):
+    with _alone(chosen.pin_dir) as directory:
         try:
             asyncio.run(run_standalone(chosen, configuration))
         finally:
             if not options.keep:
-                unload.unload(chosen.pin_dir)
-                log.info("datapath unloaded")
+                _unload_ours(chosen.pin_dir, directory)
     return 0
+
+
+def _unload_ours(pin_dir: Path, directory: int) -> None:
+    """Unload, unless the pin directory was replaced and another agent works with the new one."""
+    with contextlib.ExitStack() as stack:
+        if not _is_at(pin_dir, directory):
+            try:
+                stack.enter_context(_alone(pin_dir))
+            except StartError as error:
+                log.warning("datapath not unloaded", error=str(error))
+                return
+        unload.unload(pin_dir)
+        log.info("datapath unloaded")
 
 
 def _check(options: argparse.Namespace) -> int:

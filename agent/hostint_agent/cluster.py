@@ -4,6 +4,7 @@
 import asyncio
 import contextlib
 import json
+import math
 import random
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -27,6 +28,8 @@ _WATCH_TIMEOUT_S = 3600.0
 # version that the server does not have: etcd was restored from a backup.
 SILENCE_S = 90.0
 _FIRST_BACKOFF_S, _LAST_BACKOFF_S = 0.5, 30.0
+# a contest about the status that has been over for so long is forgotten
+_CALM_S = 60.0
 
 log = structlog.get_logger()
 
@@ -117,10 +120,15 @@ class Backoff:
         """What went wrong is over."""
         self._delay_s = _FIRST_BACKOFF_S
 
+    def next_s(self) -> float:
+        """Return how long to wait; longer the next time."""
+        delay_s = self._delay_s * random.uniform(0.5, 1.5)  # noqa: S311
+        self._delay_s = min(self._delay_s * 2, _LAST_BACKOFF_S)
+        return delay_s
+
     async def sleep(self) -> None:
         """Wait, and longer the next time."""
-        await asyncio.sleep(self._delay_s * random.uniform(0.5, 1.5))  # noqa: S311
-        self._delay_s = min(self._delay_s * 2, _LAST_BACKOFF_S)
+        await asyncio.sleep(self.next_s())
 
 
 class NodeConfig:
@@ -131,7 +139,7 @@ class NodeConfig:
         self._node = node
         self._on_config = on_config
         self._broken = False
-        self._last: tuple[str | None, int] | None = None
+        self._last: tuple[str | None, int, object] | None = None
         # the object as it was seen last, or written since
         self._uid: str | None = None
         self._status: Any = None
@@ -213,9 +221,11 @@ class NodeConfig:
 
     def _take_spec(self, item: dict[str, Any] | None) -> None:
         if item is None:
-            seen: tuple[str | None, int] = (None, 0)
+            seen: tuple[str | None, int, object] = (None, 0, None)
         else:
-            seen = (item["metadata"]["uid"], item["metadata"]["generation"])
+            # A generation comes again with another spec where etcd was restored from a backup.
+            digest = item["spec"].get("digest") if item.get("spec") else None
+            seen = (item["metadata"]["uid"], item["metadata"]["generation"], digest)
         if seen == self._last:
             return
         self._last = seen
@@ -273,6 +283,11 @@ class StatusWriter:
         self._config = config
         self._status = status
         self._changed = asyncio.Event()
+        self._written: tuple[str | None, NodeConfigStatus] | None = None
+        # another process may write this node's status, too: each time it is answered later
+        self._contest = Backoff()
+        self._restore_at: float | None = None
+        self._restored_at = -math.inf
 
     def poke(self) -> None:
         """The status may say something else now."""
@@ -280,9 +295,7 @@ class StatusWriter:
 
     async def run(self) -> None:
         """Write until cancelled."""
-        written: tuple[str | None, NodeConfigStatus] | None = None
-        # another process may write this node's status, too: no contest
-        backoff, contest, failing = Backoff(), Backoff(), False
+        backoff, failing = Backoff(), False
         while True:
             await self._changed.wait()
             self._changed.clear()
@@ -290,13 +303,7 @@ class StatusWriter:
             if status is None or not status.observed_digest:
                 continue
             uid = self._config.uid
-            if (uid, status) == written:
-                if not self._config.has(status):
-                    await contest.sleep()
-                    # an event of before may have come late
-                    if not self._config.has(status):
-                        written = None
-                        self._changed.set()
+            if (uid, status) == self._written and not self._must_restore(status):
                 continue
             try:
                 await self._config.write_status(status)
@@ -307,5 +314,26 @@ class StatusWriter:
                 await backoff.sleep()
                 self._changed.set()
             else:
-                written, failing = (uid, status), False
+                self._written, failing = (uid, status), False
                 backoff.reset()
+
+    def _must_restore(self, status: NodeConfigStatus) -> bool:
+        """Return True if the object has shown another status than the one written, and for long enough.
+
+        Not at once: an event of before may have come late. Asks to be called again when it is time.
+        """
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        if self._config.has(status):
+            self._restore_at = None
+            if now - self._restored_at > _CALM_S:
+                self._contest.reset()
+            return False
+        if self._restore_at is None:
+            delay_s = self._contest.next_s()
+            self._restore_at = now + delay_s
+            loop.call_later(delay_s, self.poke)
+        if now < self._restore_at:
+            return False
+        self._restore_at, self._restored_at = None, now
+        return True

@@ -89,7 +89,6 @@ class Network:
 
     links: tuple[Link, ...]
     addresses: dict[int, tuple[str, ...]]  # global addresses by ifindex
-    local: frozenset[str]  # every address of the host, of any scope
     default_route: frozenset[int]  # ifindexes of default routes of the main table
     policy_route: frozenset[int] = frozenset()  # ifindexes of default routes of other tables
     preferred_route: frozenset[int] = (
@@ -148,16 +147,16 @@ def _index(found: Mapping[int, bytes], kind: int) -> int | None:
     return _number(found[kind]) or None if kind in found else None
 
 
-def _address(body: bytes) -> tuple[int, str, bool] | None:
-    """Return (ifindex, address, whether it is global) of a message; None if it is not of IP."""
+def _address(body: bytes) -> tuple[int, str] | None:
+    """Return (ifindex, address) of a message; None if it is no global one of IP."""
     family, _, _, scope, ifindex = _ADDRESS.unpack_from(body)
-    if family not in _IP:
+    if family not in _IP or scope:
         return None
     found = netlink.attributes(body, _ADDRESS.size)
     # of a point-to-point link IFA_ADDRESS is the other end's
     value = found.get(_IFA_LOCAL) or found[_IFA_ADDRESS]
     address = _IP[family](value)
-    return ifindex, str(address), not scope and not address.is_link_local
+    return None if address.is_link_local else (ifindex, str(address))
 
 
 def _default_routes(body: bytes) -> list[DefaultRoute]:
@@ -227,17 +226,13 @@ def read_network() -> Network:
 def parse(links: Iterable[bytes], addresses: Iterable[bytes], routes: Iterable[bytes]) -> Network:
     """Return the network that the bodies of three dumps describe."""
     by_device: dict[int, list[str]] = {}
-    local: set[str] = set()
-    for ifindex, text, is_global in filter(None, _READER.read("address", addresses, _address)):
-        local.add(text)
-        if is_global:
-            by_device.setdefault(ifindex, []).append(text)
+    for ifindex, text in filter(None, _READER.read("address", addresses, _address)):
+        by_device.setdefault(ifindex, []).append(text)
     ways = [way for some in _READER.read("route", routes, _default_routes) for way in some]
     main = [way for way in ways if way.table == _MAIN_TABLE]
     return Network(
         links=tuple(_READER.read("link", links, _link)),
         addresses={index: tuple(sorted(texts)) for index, texts in by_device.items()},
-        local=frozenset(local),
         default_route=frozenset(way.ifindex for way in main),
         policy_route=frozenset(way.ifindex for way in ways if way.table != _MAIN_TABLE),
         preferred_route=frozenset(_preferred(main)),

@@ -28,8 +28,8 @@ from pathlib import Path
 from hostint_agent import bpf_calls
 
 PROGRAMS = ("ingress", "egress", "deliver", "local_in", "drop")
-# (type, attach type) of enum bpf_prog_type and enum bpf_attach_type; TC programs are all others
 _ACCEPT = bpf_calls.return_instructions(1)
+# (type, attach type) of enum bpf_prog_type and enum bpf_attach_type; TC programs are all others
 _TC_KIND, _KINDS = (3, -1), {"drop": (17, -1), "deliver": (8, 0), "local_in": (32, 45)}
 MAIN_SOURCE = "int_host.c"
 _BUILD = re.compile(r"[0-9a-f]{16}")

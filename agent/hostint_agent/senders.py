@@ -112,11 +112,6 @@ class SendingSockets:
         self._lock = threading.Lock()
         self._cookies: frozenset[int] = frozenset()
 
-    @property
-    def cookies(self) -> frozenset[int]:
-        """Cookies of all sockets that are open now."""
-        return self._cookies
-
     def add(self, opened: socket.socket) -> int:
         """Announce a socket that has sent nothing, and return its cookie. Raises OSError."""
         cookie = _cookie(opened)
@@ -281,7 +276,7 @@ class Sender:
                 # A single report has no segments: smaller batches would fail as well.
                 if code in _NO_SEGMENTS:
                     may_be_segments, level = False, 0
-            elif level != self._level:
+            elif level != self._first_level():
                 self._level, self._level_ends = level, self._clock() + _SEGMENTS_AGAIN_S
         now = self._outcomes.last_attempt = self._clock()
         if failed < count:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pydantic
 import structlog
 
 from hostint_agent import interfaces, resolver, yaml_objects
@@ -23,6 +24,7 @@ from hostint_api import (
     NodeRule,
     NodeWatchlist,
     WatchlistSpec,
+    model,
     names,
     node_config,
 )
@@ -123,13 +125,27 @@ def read_files(paths: Sequence[Path]) -> Objects:
 def compile_objects(objects: Objects, node_id: int, addresses: Addresses) -> NodeConfigSpec:
     """Return the configuration that these objects make, with the addresses that are known now.
 
-    Every watchlist applies: a node selector has nothing to select among.
+    Every watchlist applies: a node selector has nothing to select among. Raises InvalidFiles if they
+    are more than a node takes.
     """
     made = (_collector(name, spec, addresses) for name, spec in objects.collectors.items())
     collectors = [collector for collector in made if collector]
     lists = list(objects.watchlists.items())
     lists.sort(key=lambda entry: (-entry[1].priority, entry[0]))
-    config = NodeConfigSpec(
+    try:
+        config = _node_config(node_id, collectors, lists)
+    except pydantic.ValidationError as error:
+        raise InvalidFiles("\n".join(model.problems(error, "all files together"))) from error
+    return config.model_copy(update={"digest": node_config.digest(config)})
+
+
+def _node_config(
+    node_id: int,
+    collectors: Sequence[NodeCollector],
+    lists: Sequence[tuple[str, WatchlistSpec]],
+) -> NodeConfigSpec:
+    """Raises pydantic.ValidationError."""
+    return NodeConfigSpec(
         node_id=node_id,
         collectors=tuple(collectors),
         ignored=tuple(IgnoredDestination(address=c.address, port=c.port) for c in collectors),
@@ -149,7 +165,6 @@ def compile_objects(objects: Objects, node_id: int, addresses: Addresses) -> Nod
             for rule in spec.rules
         ),
     )
-    return config.model_copy(update={"digest": node_config.digest(config)})
 
 
 def _stamps(paths: Sequence[Path]) -> list[tuple[int, int, int] | None]:
@@ -177,6 +192,8 @@ class Configuration:
         self._resolver = names or resolver.Resolver()
         self._stamps = _stamps(paths)
         self._objects = read_files(paths)
+        # now, while there is somebody to read what is wrong
+        self.spec()
 
     def spec(self) -> NodeConfigSpec:
         """Return the configuration as it is now."""
@@ -204,20 +221,28 @@ class Configuration:
             self._stamps = now
             try:
                 objects = await asyncio.to_thread(read_files, self._paths)
+                await self._resolver.refresh(objects.names() - self._objects.names())
+                spec = compile_objects(objects, self._node_id, self._resolver.addresses)
             except InvalidFiles as error:
-                for line in str(error).splitlines():
-                    log.error("file not used, the last good configuration stays", error=line)
+                _refuse(error)
                 continue
-            await self._resolver.refresh(objects.names() - self._objects.names())
             self._objects = objects
             self._resolver.forget_others(objects.names())
-            apply(self.spec())
+            apply(spec)
 
     async def _follow_names(self, apply: Callable[[NodeConfigSpec], object]) -> None:
         while True:
             if await self._resolver.refresh(self._objects.names()):
-                apply(self.spec())
+                try:
+                    apply(self.spec())
+                except InvalidFiles as error:  # with one more collector that has an address
+                    _refuse(error)
             await asyncio.sleep(POLL_S)
+
+
+def _refuse(error: InvalidFiles) -> None:
+    for line in str(error).splitlines():
+        log.error("file not used, the last good configuration stays", error=line)
 
 
 def parse_node_id(text: str) -> int:

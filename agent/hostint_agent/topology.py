@@ -7,7 +7,10 @@ from hostint_agent import attach
 
 
 def document(node: str, node_id: int, state: attach.State) -> dict[str, Any]:
-    """The answer to `GET /api/v1/topology`. `id` is the port id that reports carry."""
+    """The answer to `GET /api/v1/topology`. `id` is the port id that reports carry.
+
+    An interface that has none is left out: in reports 0 means the host.
+    """
     return {
         "node": node,
         "nodeID": node_id,
@@ -21,5 +24,6 @@ def document(node: str, node_id: int, state: attach.State) -> dict[str, Any]:
                 "attached": attachment.error is None,
             }
             for attachment in state.attachments
+            if attachment.port
         ],
     }

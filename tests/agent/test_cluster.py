@@ -4,6 +4,7 @@
 import asyncio
 import contextlib
 import json
+import math
 import ssl
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -324,6 +325,26 @@ def test_server_whose_versions_went_back_is_listed(tmp_path, monkeypatch, end):
     asyncio.run(scenario())
 
 
+def test_generation_that_comes_again_with_another_spec_is_taken(tmp_path, monkeypatch):
+    """etcd was restored from a backup, and the operator wrote another spec, before the agent noticed."""
+    monkeypatch.setattr(cluster, "SILENCE_S", 0.3)
+
+    async def scenario() -> None:
+        server = FakeServer()
+        server.version = 1000
+        server.put(7, 17)
+        async with following(server, tmp_path) as (seen, _):
+            await until(lambda: server.watches)
+            server.version = 500
+            server._events.clear()
+            server.put(7, 99)
+            server.item["spec"]["digest"] = "another"
+            await until(lambda: len(seen) == 2)
+            assert ids(seen) == [17, 99]
+
+    asyncio.run(scenario())
+
+
 def test_a_server_that_is_away_changes_nothing_and_is_told_once(tmp_path):
     async def scenario() -> None:
         server = FakeServer()
@@ -426,9 +447,11 @@ def test_status_that_was_lost_or_overwritten_is_written_again(tmp_path, left, mo
         async with following(server, tmp_path) as (_, config), writing(config, status):
             await until(lambda: len(server.statuses) == 1)
             await until(lambda: server.watches)
-            for body in (server.statuses[0]["status"], left, server.statuses[0]["status"]):
+            for body, written in ((server.statuses[0]["status"], 1), (left, 2)):
                 server.put(1, 11, status=body)
-                await asyncio.sleep(0.1)
+                await until(lambda wanted=written: len(server.statuses) == wanted)
+            server.put(1, 11, status=server.statuses[0]["status"])
+            await asyncio.sleep(0.1)
             assert len(server.statuses) == 2
 
     asyncio.run(scenario())
@@ -447,6 +470,40 @@ def test_late_event_of_an_older_status_is_no_reason_to_write(tmp_path):
             server.put(1, 11, status=server.statuses[0]["status"])
             await asyncio.sleep(1.5)
             assert len(server.statuses) == 1
+
+    asyncio.run(scenario())
+
+
+def test_contest_that_is_over_is_forgotten_and_keeps_no_news_waiting(tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster, "_FIRST_BACKOFF_S", 0.1)
+    now = NodeConfigStatus(observed_generation=1, observed_digest="d1")
+
+    async def scenario() -> None:
+        nonlocal now
+        server = FakeServer()
+        server.put(1, 11)
+        async with following(server, tmp_path) as (_, config):
+            writer = cluster.StatusWriter(config, lambda: now)
+            config.on_seen = writer.poke
+            task = asyncio.create_task(writer.run())
+            await until(lambda: server.watches)
+            while writer._contest._delay_s < 30:
+                writer._contest.next_s()
+            await until(lambda: len(server.statuses) == 1)
+            # another process has written, and is to be left alone for half a minute
+            writer._restored_at = asyncio.get_running_loop().time()
+            server.put(1, 11, status={"observedGeneration": 9})
+            await until(lambda: writer._restore_at is not None)
+            assert writer._restore_at > asyncio.get_running_loop().time() + 5
+            # news is written all the same
+            now = NodeConfigStatus(observed_generation=2, observed_digest="d2")
+            writer.poke()
+            await until(lambda: len(server.statuses) == 2)
+            # and after a while without another writer the next one is answered as soon as the first
+            writer._restored_at = -math.inf
+            server.put(2, 12, status=server.statuses[1]["status"])
+            await until(lambda: writer._contest._delay_s == 0.1)
+            task.cancel()
 
     asyncio.run(scenario())
 

@@ -133,6 +133,38 @@ def test_a_wrong_option_is_told(options, words):
     assert words in ended.stderr
 
 
+@pytest.mark.bpf
+def test_agent_that_ends_since_another_has_its_directory_unloads_nothing_of_that(tmp_path, pin_dir):
+    with running(tmp_path, pin_dir, "--http", "none") as agent:
+        removed = pin_dir.with_name(f"{pin_dir.name}-removed")
+        pin_dir.rename(removed)
+        pin_dir.mkdir()
+        theirs = pin_dir / "0123456789abcdef"
+        theirs.mkdir()
+        descriptor = os.open(pin_dir, os.O_RDONLY | os.O_DIRECTORY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            assert agent.process.wait(30) == 1
+        finally:
+            os.close(descriptor)
+            for path in (removed / "links", *loader.builds(removed), removed):
+                shutil.rmtree(path, ignore_errors=True)
+        assert list(pin_dir.iterdir()) == [theirs]
+        assert "datapath not unloaded" in agent.log.read_text()
+
+
+@pytest.mark.bpf
+def test_agent_that_locked_its_directory_again_unloads_it(tmp_path, pin_dir):
+    with running(tmp_path, pin_dir, "--http", "none") as agent:
+        aside = pin_dir.with_name(f"{pin_dir.name}-removed")
+        pin_dir.rename(aside)
+        shutil.rmtree(aside)
+        agent.wait_for("pins were removed below the running agent")
+        assert agent.stop()[0] == 0
+        assert "datapath unloaded" in agent.log.read_text()
+        assert not pin_dir.exists()
+
+
 def test_a_bad_file_ends_the_start_before_anything_is_loaded(tmp_path, pin_dir):
     paths = files(tmp_path, COLLECTOR, watchlist(interval="1ms"))
     ended = run("standalone", *paths, "--pin-dir", pin_dir, "--http", "none")

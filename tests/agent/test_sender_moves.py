@@ -187,6 +187,9 @@ def test_segments_are_tried_again_after_a_while(calls):
         sender.setsockopt(socket.SOL_SOCKET, SO_NO_CHECK, 1)
         assert burst() == [10] + [1] * 10
         assert burst() == [1] * 10
+        clock.now += 61
+        assert burst() == [10] + [1] * 10, "tried again"
+        assert burst() == [1] * 10, "and then not for a while"
         sender.setsockopt(socket.SOL_SOCKET, SO_NO_CHECK, 0)
         assert burst() == [1] * 10
         clock.now += 61

@@ -40,7 +40,7 @@ def test_socket_is_announced_before_its_first_report():
         assert announced.cookies == []
         datapath.write(0, 0)
         exports.poll()
-        (own,) = sockets.cookies
+        (own,) = announced.cookies[-1]
         assert own == cookie(exports._senders[0]._socket) != 0
         assert announced.cookies == [frozenset((own,))]
         assert announced.silent == [True]
@@ -54,12 +54,12 @@ def test_closed_socket_is_withdrawn():
         exports = exported(datapath, {0: one.destination}, sockets=sockets)
         datapath.write(0, 0)
         exports.poll()
-        first = sockets.cookies
+        first = announced.cookies[-1]
         exports.set_destinations({0: two.destination})
-        assert sockets.cookies == frozenset()
+        assert announced.cookies == [first, frozenset()]
         datapath.write(0, 0)
         exports.poll()
-        second = sockets.cookies
+        second = announced.cookies[-1]
         exports.stop()
         assert announced.cookies == [first, frozenset(), second, frozenset()]
         assert not first & second
@@ -79,7 +79,6 @@ def test_socket_that_cannot_be_announced_sends_nothing():
         datapath.write(0, 0)
         exports.poll()
         assert exports.counters() == {0: (0, 1)}
-        assert sockets.cookies == frozenset()
         assert "argument list too long" in exports.health()["here"].message
         assert receiver.is_empty()
         full = False
@@ -89,15 +88,16 @@ def test_socket_that_cannot_be_announced_sends_nothing():
 
 
 def test_exporters_of_one_process_share_their_announcements():
-    sockets = senders.SendingSockets()
+    announced = Announced()
+    sockets = senders.SendingSockets(announced)
     with rings() as one, rings() as two, contextlib.ExitStack() as stack:
         for datapath in (one, two):
             exports = exported(datapath, {0: closed_destination()}, sockets=sockets)
             stack.callback(exports.stop)
             datapath.write(0, 0)
             exports.poll()
-        assert len(sockets.cookies) == 2
-    assert sockets.cookies == frozenset()
+        assert len(announced.cookies[-1]) == 2
+    assert announced.cookies[-1] == frozenset()
 
 
 def test_reports_of_an_older_build_are_sent_by_announced_sockets():

@@ -154,6 +154,55 @@ def test_a_bad_file_changes_nothing_until_it_is_good_again(tmp_path):
     assert names(follower.seen[-1]) == ["two"]
 
 
+def collector(name: str, address: str = "192.0.2.9") -> str:
+    return COLLECTOR.replace("default", name).replace("192.0.2.9", address)
+
+
+def test_more_than_a_node_takes_is_told_and_changes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(standalone, "POLL_S", 0.02)
+    many = [collector(f"c{n}", f"192.0.2.{n}") for n in range(1, 18)]
+    paths = files(tmp_path, *many)
+    with pytest.raises(standalone.InvalidFiles, match="collectors: Too many: 17"):
+        standalone.Configuration(paths, 1)
+
+    async def scenario() -> None:
+        files(tmp_path, *many[:16])
+        configuration = standalone.Configuration(paths, 1)
+        seen: list[NodeConfigSpec] = []
+        following = asyncio.create_task(configuration.follow(seen.append))
+        with structlog.testing.capture_logs() as logs:
+            files(tmp_path, *many)
+            await becomes(lambda: logs)
+        assert logs[0]["event"] == "file not used, the last good configuration stays"
+        assert "collectors: Too many: 17" in logs[0]["error"]
+        files(tmp_path, *many[:15])
+        await becomes(lambda: seen)
+        assert len(seen[0].collectors) == 15
+        following.cancel()
+
+    asyncio.run(scenario())
+
+
+def test_one_collector_too_many_that_gets_its_address_later_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(standalone, "POLL_S", 0.02)
+    many = [collector(f"c{n}", f"192.0.2.{n}") for n in range(1, 17)]
+    paths = files(tmp_path, *many, collector("late", "collector.example"))
+    dns, clock = Dns(), Clock()
+
+    async def scenario() -> None:
+        configuration = standalone.Configuration(paths, 1, resolver.Resolver(dns, clock))
+        await configuration.look_up()
+        following = asyncio.create_task(configuration.follow(lambda _: None))
+        with structlog.testing.capture_logs() as logs:
+            dns.answer = ("192.0.2.99",)
+            clock.now += 1
+            await becomes(lambda: "file not used" in str(logs))
+        assert not following.done()
+        following.cancel()
+
+    asyncio.run(scenario())
+
+
 def test_a_file_that_goes_away_changes_nothing(tmp_path):
     paths = files(tmp_path, COLLECTOR, watchlist("one"))
     follower = Follower(paths)
@@ -288,7 +337,6 @@ def test_the_node_id_is_the_address_with_the_default_route():
     network = interfaces.Network(
         links=(),
         addresses={2: ("172.16.0.1",), 3: ("fe80::1", "10.0.0.1")},
-        local=frozenset(),
         default_route=frozenset({3}),
     )
     assert standalone.default_node_id(network) == 0x0A000001

@@ -9,7 +9,9 @@ def test_ports_are_told_with_their_interfaces():
     pod = interfaces.Interface(70_000, "veth1", "pod", ())
     attached = attach.Attachment(uplink, 2, "tcx")
     failed = attach.Attachment(pod, 65535, "tcx", "no room")
-    assert topology.document("n1", 7, attach.State((attached, failed))) == {
+    # 0 in a report is the host
+    without = attach.Attachment(interfaces.Interface(9, "veth9", "pod", ()), 0, "tcx", "no port id")
+    assert topology.document("n1", 7, attach.State((attached, failed, without))) == {
         "node": "n1",
         "nodeID": 7,
         "links": [

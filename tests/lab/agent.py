@@ -42,7 +42,7 @@ class LabAgent:
         self.log = self._directory / "agent.log"
         self.pin_dir = Path(f"/sys/fs/bpf/{node.namespace.name}")
         self.bpf_dir = loader.default_bpf_dir()
-        self._options = options
+        self.options = options
         self._process: subprocess.Popen[str] | None = None
         lab.on_exit(self.remove)
 
@@ -58,7 +58,7 @@ class LabAgent:
         command += ["--pin-dir", str(self.pin_dir), "--bpf-dir", str(self.bpf_dir)]
         command += ["--state-dir", str(self._directory)]
         command += ["--node", self.node.namespace.name, "--node-id", self.node.address]
-        command += ["--http", _HTTP, "--keep", "--log-format", "json", *self._options]
+        command += ["--http", _HTTP, "--keep", "--log-format", "json", *self.options]
         before = self._times_replaced()
         with self.log.open("a") as log:
             self._process = self.node.namespace.popen(*command, stdout=log, stderr=log)

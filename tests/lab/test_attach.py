@@ -645,7 +645,7 @@ def test_an_agent_that_attaches_otherwise_takes_the_older_attachments_away(befor
         made = World(scene, after)
         device = made.pods[0].interface
         scene.agents[0].stop()
-        scene.agents[0]._options = ("--attach", after)
+        scene.agents[0].options = ("--attach", after)
         scene.agents[0].start()
         with cnis.Cni(made.node) as cni:
             assert made.in_place(cni, device)
