@@ -1,10 +1,20 @@
 /* SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only */
 /*
- * Counting, per CPU and without atomics: a counter has one kind of program that writes it. TC programs run with softirqs
- * off and never within each other; the tracepoint program may be interrupted by them, but not by itself.
+ * Counting, per CPU and without atomics: a counter has one kind of program that writes it. TC programs and deliver run with
+ * softirqs off and never within each other; the tracepoint program may be interrupted by them, but not by itself. local_in
+ * counts with TC, and may be interrupted where a process has given a packet back to the kernel (NFQUEUE: nf_reinject).
  */
 #pragma once
 #include "maps.h"
+
+/* `interruptible`: by a program that writes the same counter. One instruction is not. */
+static __always_inline void add(__u64 *counter, __s64 change, bool interruptible)
+{
+	if (interruptible)
+		__sync_fetch_and_add(counter, change);
+	else
+		*counter += change;
+}
 
 static __always_inline void count(enum datapath_counter counter)
 {

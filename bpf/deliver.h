@@ -3,8 +3,8 @@
  * Delivery: a packet has got through routing, firewall and NAT, and a socket (or the host's own ICMP) takes it. Whether a
  * packet for a local address is delivered cannot be told before: a Service address may be local, and NAT may send it on.
  *
- * Both hooks run where packets are received, with softirqs off, so they count and write reports as the TC programs do,
- * which never run at the same time on a CPU.
+ * `deliver` runs where packets are received, with softirqs off, so it counts and writes reports as the TC programs do, which
+ * never run within it. `local_in` may be called by a process, and they may interrupt it there: see counters.h.
  */
 #pragma once
 #include "observe.h"
@@ -76,11 +76,12 @@ static __always_inline bool is_raw_socket(struct __sk_buff *context)
 }
 
 /*
- * The packet with this address was taken; count and report it if it is a watched one. `context` is that of the program
- * `deliver`: a socket of any network namespace takes it (sk_filter_trim_cap). NULL: it has passed the last hook of our own
- * namespace's NF_INET_LOCAL_IN.
+ * The packet with this address was taken; count and report it if it is a watched one. `interruptible` as in add(). `context`
+ * is that of the program `deliver`: a socket of any network namespace takes it (sk_filter_trim_cap). NULL: it has passed the
+ * last hook of our own namespace's NF_INET_LOCAL_IN.
  */
-static __always_inline void observe_delivery(__u64 address, struct __sk_buff *context, struct scratch *scratch)
+static __always_inline void observe_delivery(__u64 address, struct __sk_buff *context, struct scratch *scratch,
+					     const bool interruptible)
 {
 	const struct config *config;
 	struct observation seen = {};
@@ -100,6 +101,9 @@ static __always_inline void observe_delivery(__u64 address, struct __sk_buff *co
 	config = current_config();
 	if (!config || !config->enabled || (context && is_raw_socket(context)))
 		return;
+	/* NAT keeps the protocol, and only a tunnel may hide another; TCP and UDP are for `deliver` */
+	if (!context && !ends_in_host(slot->key.protocol) && !is_tunnel(&slot->key, &config->tunnels))
+		return;
 	watched_for = owner_watchlist(owner);
 	asm volatile("" : "+r"(watched_for)); /* as in observe_drop */
 	seen.ingress_ns = slot->arrival_ns;
@@ -112,7 +116,7 @@ static __always_inline void observe_delivery(__u64 address, struct __sk_buff *co
 		return;
 	if (scratch->fingerprint != fingerprint ||
 	    !(shares_an_address(&scratch->key, &scratch->arrived) || is_tunnel(&scratch->arrived, &config->tunnels))) {
-		disown_slot(slot, owner);
+		disown_slot(slot, owner, interruptible);
 		return;
 	}
 	state = place_of_delivery(&skb, config, &seen.egress_ifindex);
@@ -120,13 +124,13 @@ static __always_inline void observe_delivery(__u64 address, struct __sk_buff *co
 		return;
 	set_generation(&scratch->key, scratch->arrived.generation);
 	side = side_of(live_generation());
-	watchlist = judge_skb(scratch, watched_for, side, true);
+	watchlist = judge_skb(scratch, &config->tunnels, watched_for, side, !interruptible);
 	if (!exchange_owner(slot, owner, watchlist ? owner_word(address, watchlist, state) : 0))
 		return;
-	move_count(COUNTERS_TC, watched_for, watchlist);
+	move_count(COUNTERS_TC, watched_for, watchlist, interruptible);
 	if (!watchlist)
 		return;
 	seen.key = &scratch->key;
 	seen.translated = scratch->translated;
-	observe((struct packet_source){.skb = &skb}, config, side, watchlist, &seen, scratch);
+	observe((struct packet_source){.skb = &skb, .interruptible = interruptible}, config, side, watchlist, &seen, scratch);
 }

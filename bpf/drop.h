@@ -81,7 +81,7 @@ static __always_inline void report_drop(const struct config *config, __u32 side,
 		counters->drops_suppressed++;
 		return;
 	}
-	result = reserve_record(RING_DROP, policy->collector, collector, now, &record);
+	result = reserve_record(RING_DROP, policy->collector, collector, now, &record, false);
 	if (result == RESERVE_RATE_LIMITED) {
 		counters->drops_rate_limited++;
 		return;
@@ -94,7 +94,7 @@ static __always_inline void report_drop(const struct config *config, __u32 side,
 		     port_id(arrival->ifindex), port_id(egress_ifindex), code);
 	bytes = put_skb_packet(skb, scratch->translated, config, scratch, record.bytes + V05_DROP_BYTES,
 			       collector->snap_length, COUNT_DROP_SNAPSHOT_FAILED);
-	commit_record(&record, V05_DROP_BYTES + bytes);
+	commit_record(&record, V05_DROP_BYTES + bytes, false);
 	remember_flow(flow, known, drop_hash, now, state, COUNT_DROP_EVICTED);
 	counters->drops_reported++;
 }
@@ -141,15 +141,16 @@ static __always_inline void end_unseen(struct slot *slot, __u64 owner)
 
 /*
  * Whether another network namespace dropped the packet: one kernel has the stacks of all pods, and may have several nodes.
- * A packet without a device is in a socket's queue, or is a fragment that was put together with others and is freed with
- * them (inet_frag_reasm_finish); only the former has been seen to be delivered, and to which namespace.
+ * What was delivered to a socket of ours is in its queue, or on its way to it: it has no device, or something else where that
+ * was (udp_set_dev_scratch). Without having been delivered a packet without a device is a fragment that was put together with
+ * others and is freed with them (inet_frag_reasm_finish).
  */
 static __always_inline bool was_dropped_elsewhere(const struct kernel_skb *skb, enum slot_state state,
 						  const struct config *config, __u32 *ifindex)
 {
-	if (!skb->device)
-		return state != SLOT_DELIVERED;
-	return netns_of_device(skb->device, config, ifindex) != config->netns_cookie;
+	if (state == SLOT_DELIVERED)
+		return false;
+	return !skb->device || netns_of_device(skb->device, config, ifindex) != config->netns_cookie;
 }
 
 /* Whether a packet with the bytes of the slot's may be that one: others send the same bytes elsewhere. */
@@ -251,10 +252,10 @@ static __always_inline void observe_drop(__u64 address, __u64 location, __u32 ke
 	}
 	if (has_egressed(state) && !(reason->flags & DROP_AFTER_EGRESS))
 		return;
-	watchlist = judge_skb(scratch, watched_for, side, false);
+	watchlist = judge_skb(scratch, &config->tunnels, watched_for, side, false);
 	if (!exchange_owner(slot, owner, 0))
 		return;
-	move_count(COUNTERS_DROP, watched_for, watchlist);
+	move_count(COUNTERS_DROP, watched_for, watchlist, false);
 	counters = counters_of(COUNTERS_DROP, watchlist);
 	total = drop_counters.lookup(&index);
 	if (!watchlist || !counters || !total)

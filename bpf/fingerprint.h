@@ -6,15 +6,15 @@
  *   network    protocol; IPv4 identification and fragment offset; IPv6 flow label, of later fragments identification and
  *              offset
  *   TCP        sequence and acknowledgement numbers
- *   UDP        length and up to 16 bytes of payload; where the payload is not in the linear part of the skb, the sum of
- *              the payload that follows from the checksum
+ *   UDP        length and up to 16 bytes of payload, 4 at a time; where the payload is not in the linear part of the skb,
+ *              the sum of the payload that follows from the checksum
  *   ICMP       sequence number and 8 bytes behind the header (which of an error are the start of the packet quoted)
  *   SCTP       verification tag; of the first chunk TSN, stream and stream sequence number
  *   others     16 bytes behind the IP headers
  *
  * A packet in a VXLAN, Geneve or IP-in-IP tunnel has the fingerprint of the packet inside, so it keeps it on its way
- * into the tunnel and out of it. Lengths are those of the headers: a short frame has padding when it arrives and none
- * when it leaves. Pure, like parse.h.
+ * into the tunnel and out of it; where no packet can be found inside, it has its own. Lengths are those of the headers: a
+ * short frame has padding when it arrives and none when it leaves. Pure, like parse.h.
  */
 #pragma once
 #include "parse.h"
@@ -123,7 +123,9 @@ static __always_inline __u64 udp_seed(const struct flow_key *key, const __u8 *ud
 
 	if (bytes >= UDP_BYTES + 16 && (const __u8 *)(payload + 2) <= end)
 		return mix_words(payload[0], payload[1]) + seed;
-	if (bytes >= UDP_BYTES + 8 && bytes < UDP_BYTES + 16 && (const __u8 *)(payload + 1) <= end)
+	if (bytes >= UDP_BYTES + 12 && bytes < UDP_BYTES + 16 && (const __u8 *)(payload + 1) + 4 <= end)
+		return mix_words(payload[0], *(const __u32 *)(payload + 1)) + seed;
+	if (bytes >= UDP_BYTES + 8 && bytes < UDP_BYTES + 12 && (const __u8 *)(payload + 1) <= end)
 		return mix_words(payload[0], seed);
 	if (bytes >= UDP_BYTES + 4 && bytes < UDP_BYTES + 8 && udp + UDP_BYTES + 4 <= end)
 		return mix_words(*(const __u32 *)payload, seed);
@@ -172,8 +174,8 @@ static __always_inline __u64 transport_seed(const struct flow_key *key, const __
 }
 
 /*
- * The packet inside a tunnel, as parse.h would find it outside. Of IPv6 extension headers only a fragment header is
- * followed: with others before it the fingerprints differ.
+ * The packet inside a tunnel, as parse.h would find it outside; 0 if there is none. Of IPv6 extension headers only a
+ * fragment header is followed: with others before it the fingerprints differ.
  */
 static __always_inline __u32 inner_fingerprint(const __u8 *ip, const __u8 *end)
 {
@@ -287,8 +289,14 @@ static __always_inline __u32 packet_fingerprint(const __u8 *data, const __u8 *en
 	else if (key->protocol == PROTO_IPV4 || key->protocol == PROTO_IPV6)
 		inner = transport;
 	if (inner) {
-		offsets->inner = (__u16)(inner - data);
-		return inner_fingerprint(inner, end);
+		__u32 fingerprint = inner_fingerprint(inner, end);
+
+		offsets->inner = fingerprint ? (__u16)(inner - data) : 0;
+		if (fingerprint)
+			return fingerprint;
+		/* apart from what is below, which packets without a tunnel take */
+		return finish_fingerprint(key->protocol, seed,
+					  key->protocol == PROTO_UDP ? udp_seed(key, transport, end) : 0);
 	}
 	offsets->inner = 0;
 	return finish_fingerprint(key->protocol, seed, transport_seed(key, transport, end, bytes));

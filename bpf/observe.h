@@ -16,10 +16,11 @@ struct observation {
 	bool translated;       /* the packet no longer carries key */
 };
 
-/* Where a packet is read from: one of the two is NULL. */
+/* Where a packet is read from: one of the two pointers is NULL; and whether TC programs may interrupt the one that reads. */
 struct packet_source {
 	struct __sk_buff *context;
 	const struct kernel_skb *skb;
+	bool interruptible;
 };
 
 /*
@@ -39,7 +40,7 @@ static __always_inline __u32 put_packet(struct __sk_buff *context, const struct 
 	in_tunnel = offsets->inner != 0;
 	was_in_tunnel = is_tunnel(seen->key, &config->tunnels);
 	if (was_in_tunnel && !in_tunnel)
-		return put_headers(to, seen->key);
+		return put_headers(to, seen->key, snap_length);
 	if (in_tunnel && !was_in_tunnel) {
 		/* what is before an IP header in an IP packet is overwritten */
 		bytes = put_snapshot(context, offsets->inner - ETHERNET_HEADER_BYTES, to, snap_length);
@@ -66,16 +67,16 @@ static __always_inline bool write_report(const struct packet_source source, cons
 	if (!collector)
 		return false;
 	if (unlikely(config->hold)) {
-		counters->suppressed++;
+		add(&counters->suppressed, 1, source.interruptible);
 		return false;
 	}
-	result = reserve_record(RING_FLOW, policy->collector, collector, egress_ns, &record);
+	result = reserve_record(RING_FLOW, policy->collector, collector, egress_ns, &record, source.interruptible);
 	if (result == RESERVE_RATE_LIMITED) {
-		counters->rate_limited++;
+		add(&counters->rate_limited, 1, source.interruptible);
 		return false;
 	}
 	if (result == RESERVE_RING_FULL) {
-		counters->ring_full++;
+		add(&counters->ring_full, 1, source.interruptible);
 		return false;
 	}
 	put_v05_local(&record, config, flags, seen->ingress_ns, egress_ns,
@@ -86,8 +87,8 @@ static __always_inline bool write_report(const struct packet_source source, cons
 	else
 		bytes = put_skb_packet(source.skb, seen->translated, config, scratch, record.bytes + V05_LOCAL_BYTES,
 				       collector->snap_length, COUNT_SNAPSHOT_FAILED);
-	commit_record(&record, V05_LOCAL_BYTES + bytes);
-	counters->reported++;
+	commit_record(&record, V05_LOCAL_BYTES + bytes, source.interruptible);
+	add(&counters->reported, 1, source.interruptible);
 	return true;
 }
 
@@ -106,28 +107,29 @@ static __always_inline void observe(const struct packet_source source, const str
 	if (!counters || !policy)
 		return;
 	if (unlikely(!(policy->events & (EVENT_FLOW | EVENT_QUEUE)))) {
-		counters->not_asked++;
+		add(&counters->not_asked, 1, source.interruptible);
 		return;
 	}
 	if (unlikely(!is_sampled(hash, policy->sample))) {
-		counters->sampled_out++;
+		add(&counters->sampled_out, 1, source.interruptible);
 		return;
 	}
 	flow = find_flow(hash, &known);
 	if (!flow)
 		return;
 	if (!now && !needs_latency(policy) && is_nothing_new(flow, known, policy, seen->ingress_ns, seen->egress_ifindex)) {
-		counters->suppressed++;
+		add(&counters->suppressed, 1, source.interruptible);
 		return;
 	}
 	if (!now)
 		now = bpf_ktime_get_ns();
-	latency_ns = now - seen->ingress_ns;
+	/* another CPU's clock may be some ns behind */
+	latency_ns = (__s64)(now - seen->ingress_ns) > 0 ? now - seen->ingress_ns : 0;
 	congested = policy->congestion_latency_ns && latency_ns >= policy->congestion_latency_ns;
 	state = flow_state_of(latency_ns, seen->egress_ifindex, congested);
 	due = due_events(flow, known, policy, now, state);
 	if (likely(!due)) {
-		counters->suppressed++;
+		add(&counters->suppressed, 1, source.interruptible);
 		return;
 	}
 	if (write_report(source, config, side, policy, seen, scratch, now,

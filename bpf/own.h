@@ -11,8 +11,6 @@
 
 /* version 0, next protocol 1 or 2, reserved bits 0 */
 #define V05_FIXED_BITS (~(0x3U << 24 | V05_D | V05_Q | V05_F | 0x3fU))
-/* a report header, and the Ethernet header of the packet in it */
-#define OWN_REPORT_BYTES (V05_LOCAL_BYTES + ETHERNET_HEADER_BYTES)
 
 static __always_inline bool is_sent_by_agent(struct __sk_buff *skb)
 {
@@ -21,29 +19,38 @@ static __always_inline bool is_sent_by_agent(struct __sk_buff *skb)
 	return cookie && own_sockets.lookup(&cookie);
 }
 
-static __always_inline bool is_v05_report(const __u8 *report)
+/* The length of the header of a report that begins like this; 0: it is none. */
+static __always_inline __u32 v05_header_bytes(const __u8 *report)
 {
 	__u32 first = bpf_ntohl(*(const __be32 *)report), kind = first & (V05_NPROTO_DROP | V05_NPROTO_LOCAL);
-	const __u8 *frame;
-	__u16 type;
 
 	if (first & V05_FIXED_BITS)
-		return false;
+		return 0;
 	if (kind == V05_NPROTO_LOCAL) {
 		/* neither dropped, nor queue id and occupancy */
 		if ((first & V05_D) || !(first & (V05_F | V05_Q)) || *(const __be32 *)(report + 20))
-			return false;
-		frame = report + V05_LOCAL_BYTES;
-	} else if (kind == V05_NPROTO_DROP) {
+			return 0;
+		return V05_LOCAL_BYTES;
+	}
+	if (kind == V05_NPROTO_DROP) {
 		/* dropped, no queue id, nothing behind the reason */
 		if (!(first & V05_D) || report[20] || report[22] || report[23])
-			return false;
-		frame = report + V05_DROP_BYTES;
-	} else {
-		return false;
+			return 0;
+		return V05_DROP_BYTES;
 	}
-	type = read_be16(frame + 12);
-	return type == ETHERTYPE_IPV4 || type == ETHERTYPE_IPV6 || type == ETHERTYPE_VLAN || type == ETHERTYPE_QINQ;
+	return 0;
+}
+
+/* Whether the header of a report may end here: what follows is an Ethernet header, or nothing, where no packet could be read. */
+static __always_inline bool may_end_header(struct __sk_buff *skb, __u32 at)
+{
+	__be16 type;
+	__u8 last;
+
+	if (bpf_skb_load_bytes(skb, at + ETHERNET_HEADER_BYTES - 2, &type, sizeof(type)) < 0)
+		return bpf_skb_load_bytes(skb, at - 1, &last, sizeof(last)) == 0;
+	return type == bpf_htons(ETHERTYPE_IPV4) || type == bpf_htons(ETHERTYPE_IPV6) ||
+	       type == bpf_htons(ETHERTYPE_VLAN) || type == bpf_htons(ETHERTYPE_QINQ);
 }
 
 /* Where the UDP payload of a packet, or of the one in a tunnel, begins; 0: there is none. */
@@ -66,11 +73,14 @@ static __always_inline __u32 udp_payload(struct __sk_buff *skb, const struct flo
 static __always_inline bool is_report(struct __sk_buff *skb, const struct flow_key *key,
 				      const struct packet_offsets *offsets)
 {
-	__u8 report[OWN_REPORT_BYTES] __attribute__((aligned(8))) = {};
-	__u32 at;
+	__u8 report[V05_DROP_BYTES] __attribute__((aligned(8)));
+	__u32 at, bytes;
 
 	if (likely(key->protocol != PROTO_UDP && !offsets->inner))
 		return false;
 	at = udp_payload(skb, key, offsets);
-	return at && bpf_skb_load_bytes(skb, at, report, sizeof(report)) == 0 && is_v05_report(report);
+	if (!at || bpf_skb_load_bytes(skb, at, report, sizeof(report)) < 0)
+		return false;
+	bytes = v05_header_bytes(report);
+	return bytes && may_end_header(skb, at + bytes);
 }

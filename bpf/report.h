@@ -60,12 +60,12 @@ static __always_inline bool within_rate(__u32 collector, __u32 reports_per_secon
 
 /*
  * Take the next record of this CPU's ring of one kind. The sequence number is taken before the full test: a report that
- * finds no room shows as a gap at the collector. One writer per ring: TC programs run with softirqs off, the tracepoint
- * program has a ring of its own.
+ * finds no room shows as a gap at the collector. One writer per ring at a time: TC programs run with softirqs off, the
+ * tracepoint program has a ring of its own, and who interrupts an interruptible writer finds the ring busy.
  */
 static __always_inline enum reserve_result reserve_record(enum ring_kind kind, __u32 collector_index,
 							   const struct collector *collector, __u64 now,
-							   struct record *record)
+							   struct record *record, bool interruptible)
 {
 	__u32 cpu = bpf_get_smp_processor_id();
 	__u32 ring = cpu * RINGS_PER_CPU + kind;
@@ -82,13 +82,21 @@ static __always_inline enum reserve_result reserve_record(enum ring_kind kind, _
 	tail = ring_tails.lookup(&ring);
 	if (!sequence || !head || !tail)
 		return RESERVE_RING_FULL;
-	record->sequence = (__u32)++*sequence;
-	if (head->value - READ_ONCE(tail->value) >= RING_RECORDS)
+	if (unlikely(READ_ONCE(head->busy)))
 		return RESERVE_RING_FULL;
+	if (interruptible)
+		WRITE_ONCE(head->busy, 1);
+	record->sequence = (__u32)++*sequence;
+	if (head->value - READ_ONCE(tail->value) >= RING_RECORDS) {
+		if (interruptible)
+			WRITE_ONCE(head->busy, 0);
+		return RESERVE_RING_FULL;
+	}
 	index = ring * RING_RECORDS + ((__u32)head->value & (RING_RECORDS - 1));
 	bytes = report_records.lookup(&index);
 	record->iov = report_iovs.lookup(&index);
 	to = report_collectors.lookup(&index);
+	/* never: what the verifier wants to hear */
 	if (!bytes || !record->iov || !to)
 		return RESERVE_RING_FULL;
 	*to = collector_index;
@@ -112,11 +120,12 @@ static __always_inline void ring_bell(struct ring_position *tail)
 }
 
 /* Hand the record to the agent: its bytes are complete. */
-static __always_inline void commit_record(struct record *record, __u32 bytes)
+static __always_inline void commit_record(struct record *record, __u32 bytes, bool interruptible)
 {
 	record->iov->len = bytes;
-	barrier();
-	WRITE_ONCE(record->head->value, record->head->value + 1);
+	publish(&record->head->value, record->head->value + 1);
+	if (interruptible)
+		WRITE_ONCE(record->head->busy, 0);
 	if (unlikely(READ_ONCE(record->tail->asleep)))
 		ring_bell(record->tail);
 }
@@ -271,8 +280,11 @@ static __always_inline void restore_plain_tuple(__u8 *packet, __u32 bytes, const
 	restore_tuple(packet, bytes, key, offsets);
 }
 
-/* Headers that say no more than the tuple, of a packet whose own headers are gone; the number of bytes. */
-static __always_inline __u32 put_headers(__u8 *to, const struct flow_key *key)
+/*
+ * Headers that say no more than the tuple, of a packet whose own headers are gone, or as much of them as a snapshot may have;
+ * the number of bytes.
+ */
+static __always_inline __u32 put_headers(__u8 *to, const struct flow_key *key, __u32 snap_length)
 {
 	__u32 ip_bytes = key->family == 4 ? IPV4_MIN_BYTES : IPV6_BYTES;
 	__u8 *ip = to + ETHERNET_HEADER_BYTES;
@@ -303,5 +315,6 @@ static __always_inline __u32 put_headers(__u8 *to, const struct flow_key *key)
 		*(__be16 *)(transport + 2) = bpf_htons(key->destination_port);
 		transport[5] = UDP_BYTES;
 	}
-	return ETHERNET_HEADER_BYTES + ip_bytes + UDP_BYTES;
+	ip_bytes += ETHERNET_HEADER_BYTES + UDP_BYTES;
+	return ip_bytes < snap_length ? ip_bytes : snap_length;
 }

@@ -5,9 +5,10 @@
 #include "parse.h"
 
 enum scratch_user {
-	SCRATCH_TC = 0,
-	SCRATCH_DROP = 1, /* may be interrupted by the TC programs */
-	NR_SCRATCH = 2,
+	SCRATCH_TC = 0,	   /* deliver, too */
+	SCRATCH_DROP = 1,  /* may be interrupted by the TC programs */
+	SCRATCH_LOCAL = 2, /* local_in: the same */
+	NR_SCRATCH = 3,
 };
 
 /* IP headers that were read from kernel memory. */

@@ -152,7 +152,7 @@ static __always_inline __u64 inside_kernel_tunnel(const struct flow_key *key, co
 }
 
 /*
- * The tuple and fingerprint of a dropped packet as it is now, as parse.h and fingerprint.h would find them. What parse_ipv6
+ * The tuple and fingerprint of a dropped or taken packet as it is now, as parse.h and fingerprint.h would find them. What parse_ipv6
  * would not follow either leaves a fingerprint that no slot has.
  */
 static __always_inline void read_tuple(struct scratch *scratch, const struct kernel_skb *skb,
@@ -161,6 +161,8 @@ static __always_inline void read_tuple(struct scratch *scratch, const struct ker
 	__u64 ip = skb->head + skb->network_header;
 	__s32 linear = skb->tail - skb->network_header;
 
+	__u16 inner_offset = 0;
+
 	__builtin_memset(&scratch->key, 0, sizeof(scratch->key));
 	scratch->fingerprint = 0;
 	scratch->offsets.inner = 0;
@@ -168,7 +170,7 @@ static __always_inline void read_tuple(struct scratch *scratch, const struct ker
 	for (int level = 0; level < 2; level++) {
 		struct flow_key *key = level ? &scratch->inner : &scratch->key;
 		struct kernel_headers *headers = &scratch->headers;
-		__u64 inner;
+		__u64 inner, seed = 0;
 		__u32 there;
 
 		if (linear < IPV4_MIN_BYTES)
@@ -192,16 +194,14 @@ static __always_inline void read_tuple(struct scratch *scratch, const struct ker
 		inner = level || headers->later_fragment ?
 				0 :
 				inside_kernel_tunnel(key, scratch->transport, ip + headers->payload, tunnels);
-		if (!inner) {
-			__u64 seed = 0;
-
-			if (!headers->later_fragment)
-				seed = transport_seed(key, scratch->transport, scratch->transport + there,
-						      headers->l4_bytes);
-			scratch->fingerprint = finish_fingerprint(key->protocol, headers->seed, seed);
+		/* of a tunnel, too, in case that there is no packet inside: as packet_fingerprint */
+		if (!headers->later_fragment && (!inner || key->protocol == PROTO_UDP))
+			seed = transport_seed(key, scratch->transport, scratch->transport + there, headers->l4_bytes);
+		scratch->fingerprint = finish_fingerprint(key->protocol, headers->seed, seed);
+		scratch->offsets.inner = inner_offset;
+		if (!inner)
 			return;
-		}
-		scratch->offsets.inner = (__u16)(inner - ip);
+		inner_offset = (__u16)(inner - ip);
 		linear -= (__s32)(inner - ip);
 		ip = inner;
 	}
@@ -241,27 +241,26 @@ static __always_inline __u32 put_skb_packet(const struct kernel_skb *skb, bool t
 	const struct flow_key *key = &scratch->key;
 	struct packet_offsets *offsets = &scratch->offsets;
 	bool in_tunnel = offsets->inner != 0, was_in_tunnel = is_tunnel(&scratch->arrived, &config->tunnels);
+	bool went_into_tunnel = translated && in_tunnel && !was_in_tunnel;
 	__u32 start = skb->network_header, skipped = ETHERNET_HEADER_BYTES, bytes;
-	bool plain = true;
 
 	if (translated && was_in_tunnel && !in_tunnel)
-		return put_headers(to, key);
-	if (translated && in_tunnel && !was_in_tunnel) {
+		return put_headers(to, key, snap_length);
+	if (went_into_tunnel) {
 		start += offsets->inner;
 	} else if (has_ethernet_header(skb)) {
 		start = skb->mac_header;
 		skipped = 0;
-		plain = skb->network_header - skb->mac_header == ETHERNET_HEADER_BYTES;
 	}
 	put_ethernet_header(to, key);
 	bytes = put_skb_snapshot(skb, start, skipped, to, snap_length, failed);
 	if (!translated)
 		return bytes;
-	if (plain) {
+	if (went_into_tunnel) {
 		restore_plain_tuple(to, bytes, key, offsets);
 		return bytes;
 	}
-	offsets->network = skb->network_header - skb->mac_header;
+	offsets->network = skipped + skb->network_header - start;
 	if (offsets->network > MAX_LINK_HEADER_BYTES)
 		return bytes;
 	offsets->transport = offsets->network + offsets->payload;
@@ -272,29 +271,34 @@ static __always_inline __u32 put_skb_packet(const struct kernel_skb *skb, bool t
 }
 
 /*
- * Whether NAT has changed a packet since it came in. Another protocol is no translation, but headers that were not followed.
- * Without branches, each of which would double what the verifier has to walk.
+ * Whether a packet carries another tuple than it came with: NAT has changed it, or it went into a tunnel or out of one.
+ * Another protocol otherwise is no translation, but headers that were not followed. Without branches, each of which would
+ * double what the verifier has to walk.
  */
-static __always_inline __u32 is_translated(const struct flow_key *now, const struct flow_key *arrived)
+static __always_inline __u32 is_translated(const struct flow_key *now, const struct flow_key *arrived, __u32 by_tunnel)
 {
 	const __u64 *a = (const __u64 *)now, *b = (const __u64 *)arrived;
 	__u64 rest = a[4] ^ b[4];
 	__u64 differing = (a[0] ^ b[0]) | (a[1] ^ b[1]) | (a[2] ^ b[2]) | (a[3] ^ b[3]) | rest;
 
 	/* protocol, family and no_ports are in the upper half of the last word */
-	return (rest >> 32 == 0) & (differing != 0);
+	return ((rest >> 32 == 0) | by_tunnel) & (differing != 0);
 }
 
 /*
- * Judge a packet by the tuple that it has now if NAT has changed it, and if that is in no rule, by the verdict that it got
+ * Judge a packet by the tuple that it has now if that is another than it came with, and if that is in no rule, by the verdict that it got
  * on arrival. Returns the watchlist that it is reported for, 0 if for none; scratch->key is the tuple that matched then.
  * `cached` as in classify.
  */
-static __always_inline __u16 judge_skb(struct scratch *scratch, __u16 watched_for, __u32 side, bool cached)
+static __always_inline __u16 judge_skb(struct scratch *scratch, const struct tunnel_ports *tunnels, __u16 watched_for,
+				       __u32 side, bool cached)
 {
 	struct verdict verdict = {};
+	__u32 by_tunnel = (scratch->offsets.inner != 0) | is_tunnel(&scratch->arrived, tunnels);
 
-	scratch->translated = is_translated(&scratch->key, &scratch->arrived);
+	/* as in restore_plain_tuple */
+	asm volatile("" : "+r"(by_tunnel));
+	scratch->translated = is_translated(&scratch->key, &scratch->arrived, by_tunnel);
 	if ((scratch->translated || !watched_for) &&
 	    (classify(&scratch->key, scratch, &verdict, side, cached) & CLASSIFY_MATCH)) {
 		scratch->translated = 0;

@@ -128,25 +128,22 @@ static __always_inline bool is_reversed(const struct flow_key *one, const struct
 	return a[0] == b[0] && a[1] == b[1] && c[0] == d[0] && c[1] == d[1];
 }
 
-/*
- * Counters of one watchlist, of the program that counts. Each kind of program has its own, so that none needs an atomic
- * addition: TC programs run with softirqs off, and the tracepoint program, which they may interrupt, not within itself.
- */
-static __always_inline void count_watched(struct watchlist_counters *counters, __s64 change)
+/* Counters of one watchlist, of the program that counts: see counters.h. */
+static __always_inline void count_watched(struct watchlist_counters *counters, __s64 change, bool interruptible)
 {
 	if (counters)
-		counters->watched += change;
+		add(&counters->watched, change, interruptible);
 }
 
 /* A packet that was counted as watched for one watchlist is judged by another (0: by none): NAT made it so. */
-static __always_inline void move_count(enum counter_user user, __u16 from, __u16 to)
+static __always_inline void move_count(enum counter_user user, __u16 from, __u16 to, bool interruptible)
 {
 	if (likely(from == to))
 		return;
 	if (from)
-		count_watched(counters_of(user, from), -1);
+		count_watched(counters_of(user, from), -1, interruptible);
 	if (to)
-		count_watched(counters_of(user, to), 1);
+		count_watched(counters_of(user, to), 1, interruptible);
 }
 
 /* A packet whose slot goes to another ended where we could not see it. */
@@ -185,7 +182,7 @@ static __always_inline void release_slots(__u64 address)
 }
 
 /* The slot has our address and a packet waits in it, but nothing proves that it is this one: count, do not guess. */
-static __always_inline void disown_slot(struct slot *slot, __u64 seen)
+static __always_inline void disown_slot(struct slot *slot, __u64 seen, bool interruptible)
 {
 	struct watchlist_counters *counters;
 
@@ -195,7 +192,7 @@ static __always_inline void disown_slot(struct slot *slot, __u64 seen)
 		return;
 	counters = counters_of(COUNTERS_TC, owner_watchlist(seen));
 	if (counters)
-		counters->unverified++;
+		add(&counters->unverified, 1, interruptible);
 }
 
 /* Whether a slot can be had without harm to another packet. */
@@ -205,8 +202,9 @@ static __always_inline bool is_vacant(const struct slot *slot, __u64 address, __
 
 	if (likely(owner_state(owner) != SLOT_PENDING && owner_state(owner) != SLOT_TAKEN))
 		return true;
+	/* signed: another CPU may have read a later clock, and taken the slot since */
 	return is_owner(owner, address) ||
-	       (owner_state(owner) == SLOT_PENDING && now - slot->arrival_ns > SLOT_PATIENCE_NS);
+	       (owner_state(owner) == SLOT_PENDING && (__s64)(now - slot->arrival_ns) > (__s64)SLOT_PATIENCE_NS);
 }
 
 /* The slot that a packet that comes now is to take: its first, or its second, or of two that are in use the older. */

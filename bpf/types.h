@@ -195,7 +195,8 @@ struct report_iov {
 struct ring_position {
 	__u64 value;
 	__u64 asleep; /* of a tail, 1: the agent looks rarely, and wants the bell rung when there is a report */
-	__u64 pad[6];
+	__u64 busy;   /* of a head, 1: a program that others may interrupt is writing a record */
+	__u64 pad[5];
 };
 
 /* Kept by the exporter, per collector. */
@@ -238,7 +239,7 @@ enum datapath_counter {
 	COUNT_TRUNCATED = 1,       /* IP packets whose headers could not be read */
 	COUNT_FLOW_EVICTED = 2,    /* flows forgotten because their set was full: reported again when seen next */
 	COUNT_SNAPSHOT_FAILED = 3, /* reports sent without the inner packet */
-	COUNT_SLOT_BUSY = 4,       /* watched packets without a slot: another CPU was taking it */
+	COUNT_SLOT_BUSY = 4,       /* watched (or possible) packets without a slot: another CPU was taking it */
 	COUNT_STALE_DROP = 5,      /* drops of packets that only had the address of a watched one */
 	COUNT_DROP_EVICTED = 6,    /* as FLOW_EVICTED, for a drop */
 	COUNT_DROP_SNAPSHOT_FAILED = 7,

@@ -241,7 +241,8 @@ class RingPosition(ctypes.Structure):
     _fields_ = (
         ("value", ctypes.c_uint64),
         ("asleep", ctypes.c_uint64),
-        ("pad", ctypes.c_uint64 * 6),
+        ("busy", ctypes.c_uint64),
+        ("pad", ctypes.c_uint64 * 5),
     )
 
 

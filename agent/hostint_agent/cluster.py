@@ -314,7 +314,7 @@ class StatusWriter:
                 await backoff.sleep()
                 self._changed.set()
             else:
-                self._written, failing = (uid, status), False
+                self._written, self._restore_at, failing = (uid, status), None, False
                 backoff.reset()
 
     def _must_restore(self, status: NodeConfigStatus) -> bool:

@@ -82,7 +82,7 @@ class _Programs:
 # compiled side by side; the first makes the maps, and is ready sooner
 _HALVES = (
     _Programs(("drop", "deliver", "local_in"), "-DWITHOUT_TC"),
-    _Programs(("egress", "ingress"), "-DWITHOUT_DROP"),
+    _Programs(("egress", "ingress"), "-DWITHOUT_OTHERS"),
 )
 
 

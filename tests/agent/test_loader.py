@@ -150,11 +150,11 @@ def test_a_build_of_which_a_map_is_missing_is_not_gone_on_with(pin_dir, tmp_path
             "compile",
         ),
         (
-            "classify(&scratch->key, scratch, &verdict, side_of(generation)",
-            "no_such_function(",
+            "flags = classify(&scratch->key, scratch, &verdict, side_of(generation)",
+            "flags = no_such_function(",
             "compile",
         ),
-        ("WRITE_ONCE(scratch->busy, 1);", "scratch = NULL; WRITE_ONCE(scratch->busy, 1);", "drop"),
+        ("observe_drop(address,", "scratch = NULL; observe_drop(address,", "drop"),
         (
             "now = bpf_ktime_get_ns();\n\t/* 0: in no rule",
             "skb->len = 1;\n\t/* 0: in no rule",

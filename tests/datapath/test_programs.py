@@ -3,89 +3,17 @@
 
 import dataclasses
 import ipaddress
-import os
-import socket
-from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 
 from hostint_agent import bpf_types, classifier
 from hostint_report import inner, v05
-from tests.datapath import frames, runner
+from tests.datapath import frames
+from tests.datapath.programs import DESTINATION, ROUNDS, SOURCE, Programs, udp, vxlan
 from tests.lab import datapath as datapaths
-from tests.lab.namespace import Namespace, ip
 
 pytestmark = pytest.mark.bpf
-INTERFACE = "one0"
-SOURCE, DESTINATION = b"\x0a\0\0\1", b"\x0a\0\0\2"
-ROUNDS = 40
 REPORT = bpf_types.RuleAction.REPORT
-
-
-@pytest.fixture(scope="module")
-def namespace() -> Iterator[Namespace]:
-    name = f"hl{os.getpid()}-programs"
-    ip(f"netns add {name}", f"-n {name} link add {INTERFACE} type veth peer name one1")
-    yield Namespace(name)
-    ip(f"netns del {name}")
-
-
-class Programs:
-    """Runs the TC programs on one CPU, in a namespace; the memory of a packet is seldom not that of the one before."""
-
-    def __init__(self, namespace: Namespace, datapath: datapaths.Datapath) -> None:
-        self.namespace = namespace
-        self.datapath = datapath
-        names = ("ingress", "egress", "deliver")
-        self._fds = {name: datapath.program(name) for name in names}
-        self._runners = {name: runner.Runner(fd) for name, fd in self._fds.items()}
-        self._index = namespace.inside(lambda: socket.if_nametoindex(INTERFACE))
-
-    def close(self) -> None:
-        for fd in self._fds.values():
-            os.close(fd)
-
-    def come(self, frame: bytes) -> None:
-        assert self._runners["ingress"].run(frame, runner.context(ifindex=self._index)) == -1
-
-    def leave(self, frame: bytes, *, sent: bool = False) -> None:
-        """Forwarded, or sent by the host."""
-        given = runner.context(ifindex=self._index, ingress_ifindex=0 if sent else self._index)
-        assert self._runners["egress"].run(frame, given) == -1
-
-    def taken(self, frame: bytes) -> None:
-        """A socket takes it."""
-        assert self._runners["deliver"].run(frame, runner.context()) == 1
-
-    def inside(self, work: Callable[[], Any]) -> Any:
-        """Do this in the namespace, on one CPU."""
-
-        def pinned() -> Any:
-            os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-            return work()
-
-        return self.namespace.inside(pinned)
-
-
-@pytest.fixture
-def programs(namespace) -> Iterator[Programs]:
-    before = os.sched_getaffinity(0)
-    with datapaths.loaded(namespace) as datapath:
-        datapath.enable()
-        made = Programs(namespace, datapath)
-        yield made
-        made.close()
-    os.sched_setaffinity(0, before)
-
-
-def udp(
-    port: int, payload: bytes = b"", *, source: bytes = SOURCE, destination: bytes = DESTINATION
-) -> bytes:
-    """A frame with a UDP datagram."""
-    head = frames.transport(frames.UDP, 40000, port, 0)[:4]
-    datagram = head + (8 + len(payload)).to_bytes(2, "big") + b"\0\0" + payload
-    return frames.ethernet(frames.ipv4(source, destination, frames.UDP, datagram))
 
 
 def test_rules_that_change_meanwhile_judge_a_packet_that_leaves(programs):
@@ -94,18 +22,17 @@ def test_rules_that_change_meanwhile_judge_a_packet_that_leaves(programs):
     rules = [[classifier.Rule(1, watchlist, REPORT, protocol=frames.UDP)] for watchlist in (1, 2)]
     policies = {watchlist: datapaths.policy() for watchlist in (1, 2)}
 
-    def send() -> None:
-        for _ in range(ROUNDS):
-            programs.datapath.watch(rules[0], policies)
-            programs.come(frame)
-            programs.datapath.watch(rules[1], policies)
-            programs.leave(frame)
+    def pass_by() -> None:
+        programs.datapath.watch(rules[0], policies)
+        programs.come(frame)
+        programs.datapath.watch(rules[1], policies)
+        programs.leave(frame)
 
-    programs.inside(send)
+    programs.repeat(pass_by, ROUNDS)
     first, second = (programs.datapath.identity(watchlist) for watchlist in (1, 2))
     assert first.watched_difference == second.watched_difference == 0
     assert first.counters["reported"] == 0
-    assert second.counters["reported"] > ROUNDS / 2
+    assert second.counters["reported"] == ROUNDS
 
 
 def test_reply_like_its_request_in_all_but_direction_is_another_packet(programs):
@@ -130,75 +57,133 @@ def test_reply_like_its_request_in_all_but_direction_is_another_packet(programs)
     assert programs.datapath.identity().counters["unverified"] > ROUNDS / 2
 
 
-def vxlan(frame: bytes) -> bytes:
-    return udp(
-        frames.VXLAN_PORT, (8 << 24).to_bytes(4, "big") + (7 << 8).to_bytes(4, "big") + frame
+INNER_SOURCE, INNER_DESTINATION = b"\x0a\1\0\1", b"\x0a\1\0\2"
+INSIDE = udp(80, b"what is inside  ", source=INNER_SOURCE, destination=INNER_DESTINATION)
+INSIDE_TCP = frames.ethernet(
+    frames.ipv4(INNER_SOURCE, INNER_DESTINATION, frames.TCP, frames.transport(frames.TCP, 9, 80))
+)
+INNER_SOURCE6, INNER_DESTINATION6 = (b"\xfd" + bytes(14) + n for n in (b"\1", b"\2"))
+INSIDE_IPV6 = frames.ethernet(
+    frames.ipv6(INNER_SOURCE6, INNER_DESTINATION6, frames.TCP, frames.transport(frames.TCP, 9, 80))
+)
+
+
+def is_whole_tunnel(packet: bytes, length: int = 14 + 20 + 8) -> bool:
+    """Return True if this says no more than the tuple of the tunnel, in headers that are right."""
+    found = inner.parse(packet)
+    return (
+        (found.protocol, found.destination_port) == (frames.UDP, frames.VXLAN_PORT)
+        and found.source_address == str(ipaddress.ip_address(SOURCE))
+        and frames.checksum(packet[14:34]) == 0
+        and len(packet) == length
     )
 
 
-INSIDE = udp(80, b"what is inside  ", source=b"\x0a\1\0\1", destination=b"\x0a\1\0\2")
+INNER = {"UDP": INSIDE, "TCP": INSIDE_TCP, "IPv6": INSIDE_IPV6}
+TUNNEL_PORTS = ((frames.VXLAN_PORT, frames.VXLAN_PORT),)
+FOR_TUNNEL = classifier.Rule(1, 1, REPORT, protocol=frames.UDP, destination_ports=TUNNEL_PORTS)
+FOR_INNER = [
+    classifier.Rule(n, 1, REPORT, protocol=protocol, destination_ports=((80, 80),))
+    for n, protocol in enumerate((frames.UDP, frames.TCP), start=1)
+]
 
 
-@pytest.mark.parametrize(
-    ("came", "left", "port", "shown"),
-    [
-        pytest.param(vxlan(INSIDE), INSIDE, frames.VXLAN_PORT, None, id="the tunnel it has left"),
-        pytest.param(INSIDE, vxlan(INSIDE), 80, INSIDE, id="what is in the tunnel"),
-        pytest.param(
-            vxlan(INSIDE), vxlan(INSIDE), frames.VXLAN_PORT, vxlan(INSIDE), id="passed on"
-        ),
-    ],
-)
-def test_report_of_a_tunnel_shows_what_matched(programs, came, left, port, shown):
-    ports = ((port, port),)
-    rule = classifier.Rule(1, 1, REPORT, protocol=frames.UDP, destination_ports=ports)
+@pytest.mark.parametrize("inside", INNER.values(), ids=INNER)
+def test_report_of_a_tunnel_that_ended_shows_the_tunnel(programs, inside):
+    def pass_by() -> None:
+        programs.come(vxlan(inside))
+        programs.leave(inside)
 
-    def send() -> list[bytes]:
-        programs.datapath.watch([rule])
-        for _ in range(ROUNDS):
-            programs.come(came)
-            programs.leave(left)
-        return programs.datapath.drain()
-
-    reports = [v05.decode(data) for data in programs.inside(send)]
-    assert len(reports) > ROUNDS * 0.8
-    for report in reports:
-        packet = inner.parse(report.packet)
-        assert (packet.protocol, packet.destination_port) == (frames.UDP, port)
-        if shown:
-            assert report.packet[14:] == shown[14 : bpf_types.SNAP_BYTES]
-        else:
-            # nothing but the tuple, in headers that are right
-            assert packet.source_address == str(ipaddress.ip_address(SOURCE))
-            assert frames.checksum(report.packet[14:34]) == 0
-            assert len(report.packet) == 14 + 20 + 8
+    programs.datapath.watch([FOR_TUNNEL])
+    for report in programs.repeat(pass_by, ROUNDS):
+        assert is_whole_tunnel(report.packet)
 
 
-def test_what_a_tunnel_delivers_is_reported_for_the_tunnel(programs):
+@pytest.mark.parametrize("inside", INNER.values(), ids=INNER)
+def test_report_of_what_went_into_a_tunnel_shows_what_is_inside(programs, inside):
+    def pass_by() -> None:
+        programs.come(inside)
+        programs.leave(vxlan(inside))
+
+    programs.datapath.watch(FOR_INNER)
+    for report in programs.repeat(pass_by, ROUNDS):
+        # the bytes of the Ethernet header inside are not kept
+        assert report.packet[14:] == inside[14 : bpf_types.SNAP_BYTES]
+
+
+def test_report_of_a_tunnel_that_is_passed_on_shows_all_of_it(programs):
+    def pass_by() -> None:
+        programs.come(vxlan(INSIDE))
+        programs.leave(vxlan(INSIDE))
+
+    programs.datapath.watch([FOR_TUNNEL])
+    for report in programs.repeat(pass_by, ROUNDS):
+        assert report.packet[14:] == vxlan(INSIDE)[14 : bpf_types.SNAP_BYTES]
+
+
+@pytest.mark.parametrize("inside", INNER.values(), ids=INNER)
+def test_what_a_tunnel_delivers_is_reported_for_the_tunnel(programs, inside):
     """The rule is about the tunnel, and a socket of the host takes what was inside."""
-    ports = ((frames.VXLAN_PORT, frames.VXLAN_PORT),)
-    rule = classifier.Rule(1, 1, REPORT, protocol=frames.UDP, destination_ports=ports)
 
-    def send() -> list[bytes]:
-        programs.datapath.config.set_port_is_ifindex(True)
-        programs.datapath.watch([rule])
-        for _ in range(ROUNDS):
-            programs.come(vxlan(INSIDE))
-            programs.taken(INSIDE)
-        return programs.datapath.drain()
+    def pass_by() -> None:
+        programs.come(vxlan(inside))
+        programs.taken(inside)
 
-    reports = [v05.decode(data) for data in programs.inside(send)]
-    assert len(reports) > ROUNDS / 2
-    for report in reports:
-        packet = inner.parse(report.packet)
-        assert packet.source_address == str(ipaddress.ip_address(SOURCE))
-        assert packet.destination_port == frames.VXLAN_PORT
-        assert len(report.packet) == 14 + 20 + 8
-        assert (report.ingress_port > 0, report.egress_port, report.hop_latency > 0) == (
-            True,
-            0,
-            True,
-        )
+    programs.datapath.config.set_port_is_ifindex(True)
+    programs.datapath.watch([FOR_TUNNEL])
+    for report in programs.repeat(pass_by, ROUNDS):
+        assert is_whole_tunnel(report.packet)
+        assert report.ingress_port > 0
+        assert report.egress_port == 0
+        assert report.hop_latency > 0
+
+
+@pytest.mark.parametrize("inside", INNER.values(), ids=INNER)
+def test_what_a_tunnel_delivers_is_asked_for_what_was_inside(programs, inside):
+    def pass_by() -> None:
+        programs.come(vxlan(inside))
+        programs.taken(inside)
+
+    # the tunnel itself is in a class only
+    source = (ipaddress.ip_network("10.0.0.1/32"),)
+    nowhere = (ipaddress.ip_network("192.0.2.1/32"),)
+    possible = classifier.Rule(9, 2, REPORT, sources=source, destinations=nowhere)
+    programs.datapath.watch([*FOR_INNER, possible])
+    for report in programs.repeat(pass_by, ROUNDS):
+        assert report.packet[14:] == inside[14 : bpf_types.SNAP_BYTES]
+
+
+@pytest.mark.parametrize("length", [34, 40, 128])
+def test_headers_made_of_a_tuple_are_no_longer_than_a_snapshot(programs, length):
+    def pass_by() -> None:
+        programs.come(vxlan(INSIDE))
+        programs.leave(INSIDE)
+
+    collectors = {0: bpf_types.Collector(snap_length=length)}
+    programs.datapath.watch([FOR_TUNNEL], collectors=collectors)
+    for report in programs.repeat(pass_by, 1):
+        assert len(report.packet) == min(length, 14 + 20 + 8)
+
+
+def ipv6_udp(destination: bytes) -> bytes:
+    """A datagram behind destination options."""
+    options = frames.extensions([frames.OPTIONS], frames.UDP, words=1)
+    datagram = options + frames.transport(frames.UDP, 7000, 80, 16)
+    return frames.ethernet(frames.ipv6(INNER_SOURCE6, destination, frames.OPTIONS, datagram))
+
+
+def test_ports_are_restored_behind_extension_headers(programs):
+    """NAT has changed the destination; the report shows the packet as it came, and all of it."""
+    came = ipv6_udp(INNER_DESTINATION6)
+
+    def pass_by() -> None:
+        programs.come(came)
+        programs.taken(ipv6_udp(b"\xfd" + bytes(14) + b"\x77"))
+
+    network = ipaddress.ip_network(f"{ipaddress.ip_address(INNER_DESTINATION6)}/128")
+    programs.datapath.watch([classifier.Rule(1, 1, REPORT, destinations=(network,))])
+    for report in programs.repeat(pass_by, ROUNDS):
+        assert report.packet[14:] == came[14 : bpf_types.SNAP_BYTES]
 
 
 LOCAL = v05.LocalReport(5, 77, 123_456, 0x0A630001, 3, 4, 234_567, packet=INSIDE)
@@ -233,6 +218,14 @@ def test_report_on_its_way_is_not_watched(programs, name):
     frame = vxlan(udp(32766, data))
     programs.inside(lambda: programs.come(frame))
     assert programs.datapath.identity().counters["watched"] == 0
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_report_without_a_snapshot_is_not_watched(programs, name):
+    """The packet could not be read, or nothing of it is left."""
+    data = v05.encode(dataclasses.replace(REPORTS[name], packet=b""))
+    assert len(data) in (v05.LOCAL_BYTES, v05.DROP_BYTES)
+    assert watched(programs, [data, data[:-1]]) == 1
 
 
 @pytest.mark.parametrize("name", REPORTS)
