@@ -45,7 +45,8 @@ class Leftovers:
         self._patch.undo()
         left = {*self._directory.iterdir(), *(path for path in self._made if path.exists())}
         found = [str(path) for path in left if self._kept not in path.parents]
-        if _BPFFS.is_dir():
+        # the bpffs may be root's alone, and then nothing of ours is in it
+        if os.access(_BPFFS, os.R_OK):
             found += [str(path) for path in _BPFFS.iterdir() if _is_ours(path.name)]
         listed = subprocess.run(
             ["ip", "netns", "list"], capture_output=True, text=True, check=False

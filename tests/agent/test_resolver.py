@@ -109,7 +109,7 @@ def test_answer_without_addresses_is_a_failure():
 
 
 def test_one_name_does_not_wait_for_another(monkeypatch):
-    monkeypatch.setattr(resolver, "LOOKUP_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(resolver, "LOOKUP_TIMEOUT_S", 2.0)
     for_ever = threading.Event()
 
     def look_up(name: str) -> list[str]:
@@ -122,9 +122,9 @@ def test_one_name_does_not_wait_for_another(monkeypatch):
     with structlog.testing.capture_logs() as logs:
         assert refresh(names, "hangs-1", "works", "hangs-2")
     for_ever.set()
-    assert time.monotonic() - begun < 1
+    assert time.monotonic() - begun < 10
     assert names.addresses == {"works": "192.0.2.1"}
-    assert {entry["error"] for entry in logs} == {"no answer within 0 s"}
+    assert {entry["error"] for entry in logs} == {"no answer within 2 s"}
 
 
 def test_forgotten_name_is_asked_for_at_once_when_it_is_back():

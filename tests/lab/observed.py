@@ -25,9 +25,8 @@ from tests.lab.namespace import Namespace
 _POLICY = datapaths.policy(latency_change_ns=1)
 _SETTLE_S, _STILL_S, _RECEIVE_S = 5.0, 0.05, 5.0
 _NUMBER = re.compile(re.escape(traffic.PAYLOAD_TAG) + rb"(....)", re.DOTALL)
-# of `ping`, which rounds
+# of `ping`, which rounds to three digits
 _ECHO = re.compile(r"icmp_seq=(\d+) .*time=([\d.]+) ms")
-_ROUNDED_NS = 1000
 Bounds = Mapping[int, int]
 
 
@@ -142,7 +141,13 @@ def datagrams(
 def echoes(source: Namespace, address: str, count: int) -> Bounds:
     """Send echo requests; return the round trip of each."""
     shown = source.run(*f"ping -n -i 0.002 -W 2 -c {count} {address}".split())
-    return {int(n): int(float(ms) * 1e6) + _ROUNDED_NS for n, ms in _ECHO.findall(shown)}
+    return {int(n): _longest_ns(ms) for n, ms in _ECHO.findall(shown)}
+
+
+def _longest_ns(milliseconds: str) -> int:
+    """The longest time that is printed like this."""
+    decimals = len(milliseconds.partition(".")[2])
+    return int((float(milliseconds) + 10**-decimals) * 1e6)
 
 
 def conversation(source: Namespace, target: tuple[str, int], count: int) -> Bounds:

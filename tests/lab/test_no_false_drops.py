@@ -356,8 +356,7 @@ def test_last_segment_of_a_connection_is_not_called_dropped(routed, delivery, ve
             client.connect((address, PORT))
             server.accept()[0].close()
             assert client.recv(1) == b""
-        # the FIN has been acknowledged by then
-        time.sleep(0.3)
+        wait_until(lambda: watched(routed) >= before + 3 * count, "the FINs are acknowledged")
         for client in clients:
             client.close()
         # SYN, ACK, ACK of the FIN, FIN

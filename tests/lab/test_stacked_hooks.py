@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One packet that passes several of our hooks, or is passed on as a copy, is counted once and by what became of it."""
 
+import contextlib
 import socket
 from collections.abc import Iterator
 
@@ -24,6 +25,7 @@ def lab() -> Iterator[Lab]:
         yield built
 
 
+@contextlib.contextmanager
 def attached(lab: Lab, *interfaces: str) -> Iterator[datapaths.Datapath]:
     node = lab.nodes[0]
     with datapaths.loaded(node.namespace) as datapath:
@@ -48,7 +50,7 @@ def test_packet_through_a_stack_of_devices_is_counted_once(lab):
     # eth0 would answer for the address, which is the host's
     mac = raw_packets.mac(node.namespace, "mv0")
     lab.collector.run(*f"ip neigh replace 10.99.0.77 lladdr {mac} dev eth0 nud permanent".split())
-    for datapath in attached(lab, "eth0", "mv0"):
+    with attached(lab, "eth0", "mv0") as datapath:
         with traffic.udp_sink(node.namespace, "10.99.0.77", PORT):
             traffic.send_udp(lab.collector, "10.99.0.77", PORT, count=COUNT)
         identity = datapath.identity()
@@ -67,7 +69,7 @@ def test_packet_that_a_packet_socket_refuses_is_no_drop(lab):
     with node.namespace.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_IP)) as tap:
         tap.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
         tap.bind((client.interface, ETH_P_IP))
-        for datapath in attached(lab, client.interface, server.interface):
+        with attached(lab, client.interface, server.interface) as datapath:
             with traffic.udp_sink(server.namespace, server.address, PORT) as sink:
                 traffic.send_udp(client.namespace, server.address, PORT, count=COUNT)
                 received = [sink.recv(100) for _ in range(COUNT)]

@@ -220,16 +220,19 @@ def test_macvlan_pod_has_no_port(site):
         f"-n {name} addr add {address}/24 dev pod9",
         f"-n {name} link set pod9 up",
     )
-    pod = Namespace(name)
-    assert traffic.ping(other.namespace, address)
-    ends = [(other.namespace, pod, address), (pod, other.namespace, other.address)]
-    received, sent = (
-        site.observer.observe([to_port(UDP)], lambda t=t: datagrams(*t)) for t in ends
-    )
-    assert received.flows == received.drops == sent.drops == []
-    assert not_seen_again(received) == received.counters["watched"] == COUNT
-    assert_all_delivered(sent)
-    assert sent.false_flows((0, site.port("outside")), measured=False) == 0
+    try:
+        pod = Namespace(name)
+        assert traffic.ping(other.namespace, address)
+        ends = [(other.namespace, pod, address), (pod, other.namespace, other.address)]
+        received, sent = (
+            site.observer.observe([to_port(UDP)], lambda t=t: datagrams(*t)) for t in ends
+        )
+        assert received.flows == received.drops == sent.drops == []
+        assert not_seen_again(received) == received.counters["watched"] == COUNT
+        assert_all_delivered(sent)
+        assert sent.false_flows((0, site.port("outside")), measured=False) == 0
+    finally:
+        ip(f"netns del {name}")
 
 
 def datagrams(source: Namespace, target: Namespace, address: str) -> observed.Bounds:

@@ -106,9 +106,9 @@ def tcp_exchange(source: Namespace, address: str, port: int, data: bytes = b"hel
 
 
 def ping(source: Namespace, address: str, count: int = 1) -> bool:
-    """True if the last echo request was answered."""
+    """True if every echo request was answered."""
     command = ["ping", "-n", "-q", "-i", "0.05", "-W", "2", "-c", str(count), address]
-    return "0% packet loss" in source.run(*command, check=False)
+    return ", 0% packet loss" in source.run(*command, check=False)
 
 
 @dataclass(frozen=True)

@@ -58,8 +58,10 @@ def token_of_pod(plane: ControlPlane, namespace: str, account: str, node: str) -
         containers=[{"name": "a", "image": "none"}],
     )
     bound = ("--bound-object-kind", "Pod", "--bound-object-name", name)
-    yield token(plane, namespace, account, *bound)
-    plane.kubectl("delete", "pod", name, "-n", namespace, "--force", "--ignore-not-found")
+    try:
+        yield token(plane, namespace, account, *bound)
+    finally:
+        plane.kubectl("delete", "pod", name, "-n", namespace, "--force", "--ignore-not-found")
 
 
 class Account:

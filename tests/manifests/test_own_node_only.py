@@ -170,6 +170,12 @@ def test_policy_that_cannot_be_evaluated_refuses(installed: Installed, agent: Ac
         kind = "validatingadmissionpolicy"
         installed.plane.kubectl("patch", kind, POLICY, "--type=json", "-p", patch)
 
+    def is_checked() -> bool:
+        found = installed.plane.get("validatingadmissionpolicy", POLICY)
+        seen = found.get("status", {}).get("observedGeneration")
+        return bool(seen == found["metadata"]["generation"])
+
+    until(is_checked, "the policy's types are not checked")
     policy = installed.plane.get("validatingadmissionpolicy", POLICY)
     assert policy["status"]["typeChecking"] == {}
     set_variable("request.userInfo.extra['missing'][0]")

@@ -14,7 +14,9 @@ from tests.leftovers import Leftovers
 
 @pytest.fixture
 def watched(tmp_path):
-    return Leftovers(tmp_path / "kept")
+    made = Leftovers(tmp_path / "kept")
+    yield made
+    made._patch.undo()
 
 
 def test_session_that_cleans_up_has_left_nothing(watched, tmp_path):
