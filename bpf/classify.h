@@ -30,7 +30,6 @@
 
 /* leaf of an address: source class in the low half, destination class above; bit 31: go on in that chunk */
 #define LEAF_CHUNK 0x80000000U
-#define LEAF_CLASS 0x7fff
 /* port root entry: bit 15: go on in that page */
 #define PORT_PAGE 0x8000
 

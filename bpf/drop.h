@@ -128,15 +128,8 @@ static __always_inline bool is_benign_free(const struct drop_reason *reason, con
 /* The packet has ended, but not in a way that is a drop of ours. */
 static __always_inline void end_unseen(struct slot *slot, __u64 owner)
 {
-	struct watchlist_counters *counters;
-
-	if (!exchange_owner(slot, owner, 0))
-		return;
-	if (owner_state(owner) != SLOT_PENDING || !owner_watchlist(owner))
-		return;
-	counters = counters_of(COUNTERS_DROP, owner_watchlist(owner));
-	if (counters)
-		counters->unresolved++;
+	if (exchange_owner(slot, owner, 0))
+		count_unresolved(COUNTERS_DROP, owner);
 }
 
 /*

@@ -82,14 +82,22 @@ static __always_inline __u64 address_sum(const struct flow_key *key)
 	return sum;
 }
 
-/* A ones' complement sum of 16-bit words as a number below 0xffff. */
-static __always_inline __u32 fold_ones_complement(__u64 sum)
+/* Fold a 64-bit sum of 16-bit words to the ones' complement sum of RFC 1071. */
+static __always_inline __u16 fold_sum(__u64 sum)
 {
 	sum = (sum & 0xffffffff) + (sum >> 32);
 	sum = (sum & 0xffff) + (sum >> 16);
 	sum = (sum & 0xffff) + (sum >> 16);
 	sum = (sum & 0xffff) + (sum >> 16);
-	return sum == 0xffff ? 0 : (__u32)sum;
+	return (__u16)sum;
+}
+
+/* The same as a number below 0xffff: both are zero. */
+static __always_inline __u32 fold_ones_complement(__u64 sum)
+{
+	__u16 folded = fold_sum(sum);
+
+	return folded == 0xffff ? 0 : folded;
 }
 
 /*
@@ -248,7 +256,7 @@ static __always_inline bool is_tunnel(const struct flow_key *key, const struct t
 }
 
 /*
- * The fingerprint of a packet that parse_frame or parse_network has parsed, from the same data and end. Sets
+ * The fingerprint of a packet that parse_frame has parsed, from the same data and end. Sets
  * offsets->inner.
  */
 static __always_inline __u32 packet_fingerprint(const __u8 *data, const __u8 *end, const struct flow_key *key,

@@ -31,8 +31,6 @@
 #define PROTO_IPV6 41
 #define PROTO_ROUTING 43
 #define PROTO_FRAGMENT 44
-#define PROTO_GRE 47
-#define PROTO_ESP 50
 #define PROTO_AUTH 51
 #define PROTO_ICMPV6 58
 #define PROTO_DEST_OPTIONS 60

@@ -2,7 +2,7 @@
 /* Rings and the wire: a report is written here as finished Telemetry Report v0.5 bytes, once, into its ring record. */
 #pragma once
 #include "counters.h"
-#include "parse.h"
+#include "fingerprint.h"
 
 /* Telemetry Report v0.5, fixed header: NProto 1 = drop header follows, 2 = switch-local header follows. */
 #define V05_NPROTO_DROP (1U << 24)
@@ -184,16 +184,6 @@ static __always_inline void put_v05_drop(const struct record *record, const stru
 	put_be32(bytes + 12, config->node_id);
 	put_be32(bytes + 16, ((__u32)ingress_port << 16) | egress_port);
 	put_be32(bytes + 20, (__u32)reason << 16);
-}
-
-/* Fold a 64-bit sum of 16-bit words to the ones' complement sum of RFC 1071. */
-static __always_inline __u16 fold_sum(__u64 sum)
-{
-	sum = (sum & 0xffffffff) + (sum >> 32);
-	sum = (sum & 0xffff) + (sum >> 16);
-	sum = (sum & 0xffff) + (sum >> 16);
-	sum = (sum & 0xffff) + (sum >> 16);
-	return (__u16)sum;
 }
 
 /*

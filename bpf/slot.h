@@ -146,14 +146,19 @@ static __always_inline void move_count(enum counter_user user, __u16 from, __u16
 		count_watched(counters_of(user, to), 1, interruptible);
 }
 
-/* A packet whose slot goes to another ended where we could not see it. */
-static __always_inline void count_unresolved(__u64 owner)
+/* Counters of the watchlist that waits for the outcome of a slot's packet; NULL: none does. */
+static __always_inline struct watchlist_counters *waiting_counters(enum counter_user user, __u64 owner)
 {
-	struct watchlist_counters *counters;
-
 	if (likely(owner_state(owner) != SLOT_PENDING || !owner_watchlist(owner)))
-		return;
-	counters = counters_of(COUNTERS_TC, owner_watchlist(owner));
+		return NULL;
+	return counters_of(user, owner_watchlist(owner));
+}
+
+/* A packet whose slot goes to another ended where we could not see it. */
+static __always_inline void count_unresolved(enum counter_user user, __u64 owner)
+{
+	struct watchlist_counters *counters = waiting_counters(user, owner);
+
 	if (counters)
 		counters->unresolved++;
 }
@@ -162,7 +167,7 @@ static __always_inline void count_unresolved(__u64 owner)
 static __always_inline void release_slot(struct slot *slot, __u64 seen)
 {
 	if (exchange_owner(slot, seen, 0))
-		count_unresolved(seen);
+		count_unresolved(COUNTERS_TC, seen);
 }
 
 /* A packet that is of no interest: whatever its slots say of its address is of another, which must be dead. */
@@ -188,9 +193,7 @@ static __always_inline void disown_slot(struct slot *slot, __u64 seen, bool inte
 
 	if (!exchange_owner(slot, seen, 0))
 		return;
-	if (owner_state(seen) != SLOT_PENDING || !owner_watchlist(seen))
-		return;
-	counters = counters_of(COUNTERS_TC, owner_watchlist(seen));
+	counters = waiting_counters(COUNTERS_TC, seen);
 	if (counters)
 		add(&counters->unverified, 1, interruptible);
 }
@@ -250,7 +253,7 @@ static __always_inline enum take_result take_slot(__u64 owner, __u64 now, __u32 
 		return SLOT_OF_SAME;
 	if (unlikely(!exchange_owner(slot, seen, owner_word(owner, 0, SLOT_TAKEN))))
 		return SLOT_NOT_HAD;
-	count_unresolved(seen);
+	count_unresolved(COUNTERS_TC, seen);
 	slot->arrival_ns = now;
 	slot->ifindex = ifindex;
 	slot->fingerprint = scratch->fingerprint;

@@ -6,8 +6,10 @@ docs/drop-reasons.md has the same for people.
 
 import contextlib
 import socket
+import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from tests.lab import deaths, raw_packets, traffic
 from tests.lab.deaths import PORT, Arrangement, Stage
 
 pytestmark = pytest.mark.lab
+_SO_RCVBUFFORCE = 33
 COUNT = 3
 _IP_MTU_DISCOVER, _IPV6_MTU_DISCOVER, _PROBE = 10, 23, 3
 Sender = Callable[[Stage, int], object]
@@ -236,6 +239,32 @@ def full_socket(stage: Stage, version: int) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def no_udp_memory(stage: Stage, version: int) -> Iterator[None]:
+    """What all sockets together may take is used up: one gets no more than the least that every one gets.
+
+    The limit is the machine's, so it is put back even if this process is killed: by a child that reads to the end.
+    """
+    limit = Path("/proc/sys/net/ipv4/udp_mem")
+    undo = ["sh", "-c", 'cat >/dev/null; echo "$1" >"$2"', "undo", limit.read_text(), str(limit)]
+    address = stage.address(version)
+    with (
+        traffic.udp_sink(stage.host, address, PORT),
+        traffic.udp_sink(stage.host, address, PORT + 1) as hoard,
+        stage.sysctl(net__ipv4__udp_rmem_min=1),
+        stage.host.socket(hoard.family, socket.SOCK_DGRAM) as filler,
+        subprocess.Popen(undo, stdin=subprocess.PIPE),
+    ):
+        hoard.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, 64 << 20)
+        for _ in range(4000):
+            filler.sendto(bytes(1000), (address, PORT + 1))
+        limit.write_text("0 0 0")
+        # what is left of the first page, which every socket gets
+        for _ in range(32):
+            filler.sendto(b"x", (address, PORT))
+        yield
+
+
 def listening_socket(stage: Stage, version: int) -> Arrangement:
     return traffic.udp_sink(stage.host, stage.address(version), PORT)
 
@@ -362,6 +391,7 @@ DEATHS = [
     Death("clsact-ingress", clsact(in_port, "ingress"), "TC_INGRESS", 80),
     Death("udp-checksum", listening_socket, "UDP_CSUM", 182, udp_packets("host", wrong=True)),
     Death("full-socket", full_socket, "SOCKET_RCVBUFF", 194, datagrams("host"), late=True),
+    Death("no-memory", no_udp_memory, "PROTO_MEM", 194, datagrams("host"), late=True),
     Death("no-socket", nothing, "NO_SOCKET", 192, datagrams("host")),
     Death("no-listener", nothing, "NO_SOCKET", 192, connection_attempts),
     Death("no-protocol", nothing, "IP_NOPROTO", 209, unknown_protocol),

@@ -3,12 +3,13 @@
 
 import contextlib
 import json
+import struct
 from collections.abc import Iterator
 
 import pytest
 
 from hostint_report import inner
-from tests.lab import deaths, traffic
+from tests.lab import deaths, raw_packets, traffic
 from tests.lab.deaths import PORT, Stage
 from tests.lab.namespace import ip
 
@@ -61,6 +62,33 @@ def _offered(stage: Stage) -> int:
     shown = stage.host.run("tc", "-s", "-j", "qdisc", "show", "dev", "eth0", "root")
     (queue,) = json.loads(shown)
     return queue["packets"] + queue["qlen"] + queue["drops"]
+
+
+def segments(stage: Stage, address: str, count: int) -> None:
+    """TCP to PORT, of no connection."""
+    source = stage.client.address
+    head = struct.pack("!HHIIBBHHH", stage.fresh_port(), PORT, 1, 0, 0x50, 0x10, 100, 0, 0)
+    packet = raw_packets.packet(source, address, raw_packets.TCP, head + bytes(64))
+    for number in range(count):
+        # Of one identification they would be one packet to us.
+        numbered = packet[:4] + number.to_bytes(2, "big") + packet[6:10] + bytes(2) + packet[12:]
+        whole = raw_packets.checksum(numbered[:20]).to_bytes(2, "big")
+        stage.send_frames([numbered[:10] + whole + numbered[12:]])
+
+
+def test_late_drop_of_tcp_in_a_tunnel_shows_what_is_inside(stage):
+    """The packet that is dropped has another protocol than the one that matched."""
+    with tunnelled(stage) as address, stage.queue("eth0", QUEUE) as dropped:
+        outcome = stage.outcome(lambda: segments(stage, address, COUNT), lambda: dropped())
+        assert outcome.counters["dropped_late"] > COUNT / 6
+    (report,) = outcome.reports
+    packet = inner.parse(report.packet)
+    assert (packet.source_address, packet.destination_address) == (
+        stage.client.address,
+        stage.far.address,
+    )
+    assert (packet.protocol, packet.destination_port) == (raw_packets.TCP, PORT)
+    assert report.egress_port == stage.node.port("eth0")
 
 
 @pytest.mark.parametrize("way", [translated, tunnelled])
