@@ -22,7 +22,7 @@ static __always_inline void count(enum datapath_counter counter)
 	__u64 *value = datapath_counters.lookup(&index);
 
 	if (value)
-		*value += 1;
+		add(value, 1, true);
 }
 
 static __always_inline struct watchlist_counters *counters_of(enum counter_user user, __u32 watchlist)

@@ -230,8 +230,11 @@ int local_in(struct bpf_netfilter_args *args)
 {
 	struct scratch *scratch = scratch_of(SCRATCH_LOCAL);
 
-	if (scratch)
+	/* softirqs that interrupt it may come here, too */
+	if (scratch && !__sync_lock_test_and_set(&scratch->busy, 1)) {
 		observe_delivery(packet_address((void *)args->skb, scratch), NULL, scratch, true);
+		WRITE_ONCE(scratch->busy, 0);
+	}
 	return NETFILTER_ACCEPT;
 }
 

@@ -123,8 +123,10 @@ static __always_inline void observe(const struct packet_source source, const str
 	}
 	if (!now)
 		now = bpf_ktime_get_ns();
-	/* another CPU's clock may be some ns behind */
-	latency_ns = (__s64)(now - seen->ingress_ns) > 0 ? now - seen->ingress_ns : 0;
+	/* this CPU's clock may be some ns behind that of the arrival */
+	if (unlikely((__s64)(now - seen->ingress_ns) < 0))
+		now = seen->ingress_ns;
+	latency_ns = now - seen->ingress_ns;
 	congested = policy->congestion_latency_ns && latency_ns >= policy->congestion_latency_ns;
 	state = flow_state_of(latency_ns, seen->egress_ifindex, congested);
 	due = due_events(flow, known, policy, now, state);

@@ -82,11 +82,11 @@ static __always_inline enum reserve_result reserve_record(enum ring_kind kind, _
 	tail = ring_tails.lookup(&ring);
 	if (!sequence || !head || !tail)
 		return RESERVE_RING_FULL;
+	record->sequence = interruptible ? (__u32)__sync_fetch_and_add(sequence, 1) + 1 : (__u32)++*sequence;
 	if (unlikely(READ_ONCE(head->busy)))
 		return RESERVE_RING_FULL;
 	if (interruptible)
 		WRITE_ONCE(head->busy, 1);
-	record->sequence = (__u32)++*sequence;
 	if (head->value - READ_ONCE(tail->value) >= RING_RECORDS) {
 		if (interruptible)
 			WRITE_ONCE(head->busy, 0);

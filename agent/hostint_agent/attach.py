@@ -163,15 +163,20 @@ class DropLink:
     def __init__(self, links: Path, program: bpf_calls.Program) -> None:
         self._pin = links / DROP_TRACEPOINT
         self._program = program
+        self._is_attached = False
 
     def in_place(self) -> bool:
-        """True as long as the pin is there, which is what holds the link."""
-        return self._pin.exists()
+        """True as long as the pin is there, which is what holds the link, or was not made yet."""
+        return not self._is_attached or self._pin.exists()
 
     def ensure(self) -> None:
         """Have the current drop program attached. Raises bpf_calls.BpfError."""
-        if self._pin.exists() and self._attached() == self._program.id:
-            return
+        self._is_attached = False
+        if not self._pin.exists() or self._attached() != self._program.id:
+            self._attach()
+        self._is_attached = True
+
+    def _attach(self) -> None:
         # the new one first: of two that see a packet die, the first uses up its slot
         link = bpf_calls.raw_tracepoint_open(DROP_TRACEPOINT, self._program.fd)
         try:
@@ -299,7 +304,6 @@ class Attacher:
         # of steps that failed, and of what others displaced: neither may keep the other waiting
         self._retries, self._tries = pacing.TokenBucket(), pacing.TokenBucket()
         self._pace = pacing.Pace()
-        self._check_interval_s = _CHECK_INTERVAL_S
         self._next_look = self._next_check = 0.0
         # before the first look: what changes after it must not go unnoticed
         self._changes = interfaces.Changes()
@@ -481,7 +485,8 @@ class Attacher:
 
     def _follow(self) -> None:
         while not self._stopping:
-            changed = self._changes.wait(self._check_interval_s, [self._wake_read])
+            until_check_s = max(0.0, self._next_check - time.monotonic())
+            changed = self._changes.wait(until_check_s, [self._wake_read])
             if changed and not self._stopping:
                 time.sleep(self._pace.gather_s())
                 self._changes.drain()
@@ -504,6 +509,5 @@ class Attacher:
         )
         cost_s = time.thread_time() - begun
         wanted = max(cost_s / _CHECK_SHARE, _CHECK_INTERVAL_S)
-        self._check_interval_s = min(wanted, _MAX_CHECK_INTERVAL_S)
-        self._next_check = now + self._check_interval_s
+        self._next_check = now + min(wanted, _MAX_CHECK_INTERVAL_S)
         return not in_place and self._tries.spend()

@@ -326,10 +326,10 @@ class StatusWriter:
         now = loop.time()
         if self._config.has(status):
             self._restore_at = None
-            if now - self._restored_at > _CALM_S:
-                self._contest.reset()
             return False
         if self._restore_at is None:
+            if now - self._restored_at > _CALM_S:
+                self._contest.reset()
             delay_s = self._contest.next_s()
             self._restore_at = now + delay_s
             loop.call_later(delay_s, self.poke)

@@ -45,18 +45,20 @@ class DeliveryLinks:
         self._links = links
         self._programs = programs
         self._cgroup = cgroup
-        names = LINK_PINS if "local_in" in programs else (SOCKETS,)
-        self._pins = [str(links / name) for name in names]
+        # of links that are attached; one that could not be is tried again, and not missed meanwhile
+        self._pins: set[str] = set()
 
     def in_place(self) -> bool:
-        """True as long as the pins are there, which are what holds the links."""
+        """True as long as the pins of all that was attached are there, which are what holds the links."""
         return all(map(os.path.exists, self._pins))
 
     def ensure_sockets(self) -> None:
         """Attach `deliver` if it is not attached. Raises OSError."""
         pin, program = self._links / SOCKETS, self._programs["deliver"]
+        self._pins.discard(str(pin))
         if not pin.exists() or attached_program(pin) != program.id:
             self._pin(pin, sockets(program.fd, cgroup_root(self._cgroup)))
+        self._pins.add(str(pin))
 
     def ensure_host(self, name: str) -> None:
         """Attach `local_in` for a family of HOST, if the kernel has it and it is not attached. Raises OSError."""
@@ -64,10 +66,12 @@ class DeliveryLinks:
         if program is None:
             return
         pin = self._links / name
+        self._pins.discard(str(pin))
         if not pin.exists() or attached_program(pin) != program.id:
             self._pin(pin, local_in(program.fd, family))
         elif (link := _in_place_of(pin, program.fd, family)) is not None:
             self._pin(pin, link)
+        self._pins.add(str(pin))
 
     def _pin(self, pin: Path, link: int) -> None:
         """Pin a link in place of an older one, which it detaches: of two that see a packet, the first uses up its slot."""

@@ -501,8 +501,9 @@ def test_contest_that_is_over_is_forgotten_and_keeps_no_news_waiting(tmp_path, m
             await until(lambda: len(server.statuses) == 2)
             # and after a while without another writer the next one is answered as soon as the first
             writer._restored_at = -math.inf
-            server.put(2, 12, status=server.statuses[1]["status"])
-            await until(lambda: writer._contest._delay_s == 0.1)
+            server.put(2, 12, status={"observedGeneration": 9})
+            await until(lambda: len(server.statuses) == 3)
+            assert writer._contest._delay_s == 0.2
             task.cancel()
 
     asyncio.run(scenario())

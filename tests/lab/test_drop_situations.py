@@ -5,6 +5,7 @@ docs/drop-reasons.md has the same for people.
 """
 
 import contextlib
+import fcntl
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
@@ -243,11 +244,22 @@ def full_socket(stage: Stage, version: int) -> Iterator[None]:
 def no_udp_memory(stage: Stage, version: int) -> Iterator[None]:
     """What all sockets together may take is used up: one gets no more than the least that every one gets.
 
-    The limit is the machine's, so it is put back even if this process is killed: by a child that reads to the end.
+    The limit is the machine's, so it is put back even if this process is killed, by a child that reads to the end; and
+    one session at a time may change it.
     """
     limit = Path("/proc/sys/net/ipv4/udp_mem")
-    undo = ["sh", "-c", 'cat >/dev/null; echo "$1" >"$2"', "undo", limit.read_text(), str(limit)]
     address = stage.address(version)
+    with contextlib.ExitStack() as stack:
+        lock = stack.enter_context(limit.open())
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        before = limit.read_text()
+        undo = ["sh", "-c", 'cat >/dev/null; echo "$1" >"$2"', "undo", before, str(limit)]
+        stack.enter_context(_without_udp_memory(stage, address, limit, undo))
+        yield
+
+
+@contextlib.contextmanager
+def _without_udp_memory(stage: Stage, address: str, limit: Path, undo: list[str]) -> Iterator[None]:
     with (
         traffic.udp_sink(stage.host, address, PORT),
         traffic.udp_sink(stage.host, address, PORT + 1) as hoard,
