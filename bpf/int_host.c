@@ -104,35 +104,71 @@ int ingress(struct __sk_buff *skb)
 	return TC_ACT_UNSPEC;
 }
 
+/* What there is to say of a packet that leaves. */
+struct departure {
+	__u64 owner; /* of its slot as it was found; 0: it has none */
+	__u64 generation;
+	__u16 watchlist; /* that it is reported for; 0: none */
+	bool translated; /* what matched is the tuple that it came with, in scratch->arrived */
+};
+
 /*
- * Whether a slot that carries the packet's address is this packet's; if it is another's, that one is given up. `same`: the
- * packet has the tuple that the slot has.
+ * Judge a packet that leaves by the tuple that it has now; if that is in no rule, the verdict that it got on arrival
+ * stands. Nothing needs to be looked up again where neither the packet nor the rules have changed since.
  */
-static __always_inline bool is_departing(struct slot *slot, __u64 owner, bool same, const struct scratch *scratch)
+static __always_inline void judge_departure(struct scratch *scratch, const struct slot *slot, bool parsed,
+					    struct departure *leaving)
 {
-	if (likely(slot->fingerprint == scratch->fingerprint && (same || !is_reversed(&scratch->key, &slot->key))))
+	__u16 watched_for = owner_watchlist(leaving->owner);
+	struct verdict verdict = {};
+
+	if (likely(leaving->owner && parsed && is_same_tuple(&scratch->key, &slot->key))) {
+		leaving->watchlist = watched_for;
+		return;
+	}
+	if (parsed && (classify(&scratch->key, scratch, &verdict, side_of(leaving->generation), true) & CLASSIFY_MATCH)) {
+		leaving->watchlist = verdict.action == ACTION_REPORT ? verdict.watchlist : 0;
+		return;
+	}
+	leaving->watchlist = watched_for;
+	leaving->translated = watched_for != 0;
+	if (leaving->translated)
+		scratch->arrived = slot->key;
+}
+
+/* Whether a slot that carries the packet's address is this packet's; if it is another's, that one is given up. */
+static __always_inline bool is_departing(struct slot *slot, __u64 owner, bool parsed, const struct scratch *scratch)
+{
+	if (likely(parsed && slot->fingerprint == scratch->fingerprint &&
+		   (is_same_tuple(&scratch->key, &slot->key) || !is_reversed(&scratch->key, &slot->key))))
 		return true;
 	disown_slot(slot, owner, false);
 	return false;
 }
 
 /*
- * A packet leaves. It is judged by the tuple that it has now; if that is in no rule, the verdict that it got on arrival
- * stands. Nothing needs to be looked up again where neither the packet nor the rules have changed since.
+ * Whether a packet whose slot says that it has left already passes one more of our hooks. A packet that the host sends
+ * may be like one before it in every byte, and have its address: it leaves by the same interface.
  */
+static __always_inline bool has_left(__u32 ifindex, const struct slot *slot, __u64 owner, const struct scratch *scratch)
+{
+	if (!is_same_tuple(&scratch->key, &slot->key))
+		return false;
+	return owner_state(owner) != SLOT_SENT || slot->ifindex != ifindex;
+}
+
 int egress(struct __sk_buff *skb)
 {
-	const struct config *config;
+	const struct config *config = current_config();
 	struct scratch *scratch = scratch_of(SCRATCH_TC);
+	struct departure leaving = {};
 	struct observation seen = {};
-	struct verdict verdict = {};
 	struct slot *slot;
-	__u64 address, owner, generation;
+	__u64 address, owner;
 	__u32 ifindex, ingress_ifindex;
-	__u16 watched_for, watchlist;
-	bool came, same, matched = true;
+	bool parsed;
 
-	if (unlikely(!scratch))
+	if (unlikely(!config || !config->enabled || !scratch))
 		return TC_ACT_UNSPEC;
 	/* once: newer LLVM would keep a pointer to a field, and the verifier forbids such pointers into the context */
 	ifindex = skb->ifindex;
@@ -143,74 +179,55 @@ int egress(struct __sk_buff *skb)
 	if (!slot)
 		return TC_ACT_UNSPEC;
 	owner = READ_ONCE(slot->owner);
-	came = is_owner(owner, address) && owner_state(owner) == SLOT_PENDING;
-	/* what did not come in by a hook of ours, or has left by one (a stack of devices); what the host sends did neither */
-	if (!came && ingress_ifindex)
-		return TC_ACT_UNSPEC;
-	if (!is_owner(owner, address))
-		owner = 0;
-	config = current_config();
-	if (unlikely(!config || !config->enabled))
-		return TC_ACT_UNSPEC;
-	generation = live_generation();
-	if (unlikely(parse_packet(skb, scratch, generation) != 0)) {
-		if (owner)
-			disown_slot(slot, owner, false);
-		return TC_ACT_UNSPEC;
-	}
-	same = owner && is_same_tuple(&scratch->key, &slot->key);
-	if (likely(owner)) {
-		scratch->fingerprint = fingerprint_packet(skb, config, scratch);
-		if (unlikely(!is_departing(slot, owner, same, scratch))) {
-			if (ingress_ifindex)
-				return TC_ACT_UNSPEC;
-			came = false;
-		} else if (!came && same && (owner_state(owner) != SLOT_SENT || slot->ifindex != ifindex)) {
-			/*
-			 * It has left already, and passes one more of our hooks. By the same interface a packet that the host
-			 * sends may be like one before it in every byte, and have its address.
-			 */
+	/* no slot: either not watched at ingress, or sent by the host itself */
+	if (!is_owner(owner, address)) {
+		if (ingress_ifindex)
 			return TC_ACT_UNSPEC;
-		}
+		owner = 0;
 	}
-	watched_for = came ? owner_watchlist(owner) : 0;
-	watchlist = watched_for;
-	if (unlikely(!same || !came)) {
-		matched = classify(&scratch->key, scratch, &verdict, side_of(generation), true) & CLASSIFY_MATCH;
-		if (matched || !came)
-			watchlist = verdict.action == ACTION_REPORT ? verdict.watchlist : 0;
+	leaving.generation = live_generation();
+	parsed = parse_packet(skb, scratch, leaving.generation) == 0;
+	if (likely(parsed))
+		scratch->fingerprint = fingerprint_packet(skb, config, scratch);
+	if (likely(owner && is_departing(slot, owner, parsed, scratch))) {
+		if (likely(owner_state(owner) == SLOT_PENDING))
+			leaving.owner = owner;
+		else if (ingress_ifindex || has_left(ifindex, slot, owner, scratch))
+			return TC_ACT_UNSPEC;
+	} else if (ingress_ifindex || !parsed) {
+		return TC_ACT_UNSPEC;
 	}
-	seen.key = &scratch->key;
+	judge_departure(scratch, slot, parsed, &leaving);
+	seen.key = leaving.translated ? &scratch->arrived : &scratch->key;
+	seen.translated = leaving.translated;
 	seen.egress_ifindex = ifindex;
-	if (likely(came)) {
-		bool kept = same || shares_an_address(&scratch->key, &slot->key);
+	if (likely(leaving.owner)) {
+		bool kept = parsed && (is_same_tuple(&scratch->key, &slot->key) ||
+				       shares_an_address(&scratch->key, &slot->key));
+		__u64 settled = owner_word(address, leaving.watchlist, kept ? SLOT_EGRESSED : SLOT_REWRITTEN);
 
-		if (unlikely(!matched)) {
-			seen.translated = watched_for != 0;
-			scratch->arrived = slot->key;
-			seen.key = &scratch->arrived;
-		}
 		seen.ingress_ns = slot->arrival_ns;
 		seen.ingress_ifindex = slot->ifindex;
-		/* from here on the outcome is ours to count, or it was another's; without a watchlist nobody asks for it */
-		if (unlikely(!exchange_owner(slot, owner,
-					     watchlist ? owner_word(address, watchlist,
-								    kept ? SLOT_EGRESSED : SLOT_REWRITTEN) :
-							 0)))
+		/* never counted, and no NAT made it match: nobody asks for its outcome */
+		if (!leaving.watchlist && !owner_watchlist(leaving.owner)) {
+			exchange_owner(slot, leaving.owner, 0);
 			return TC_ACT_UNSPEC;
-		move_count(COUNTERS_TC, watched_for, watchlist, false);
-	} else if (watchlist) {
-		if (!owner)
-			scratch->fingerprint = fingerprint_packet(skb, config, scratch);
+		}
+		/* from here on the outcome is ours to count, or it was another's */
+		if (unlikely(!exchange_owner(slot, leaving.owner, leaving.watchlist ? settled : 0)))
+			return TC_ACT_UNSPEC;
+		move_count(COUNTERS_TC, owner_watchlist(leaving.owner), leaving.watchlist, false);
+	} else if (leaving.watchlist) {
 		if (unlikely(is_sent_by_agent(skb) || is_report(skb, &scratch->key, &scratch->offsets)))
 			return TC_ACT_UNSPEC;
 		/* sent by the host: one observation point, no latency; the slot is for drops in the egress queue */
 		seen.egress_ns = seen.ingress_ns = bpf_ktime_get_ns();
-		count_watched(counters_of(COUNTERS_TC, watchlist), 1, false);
-		take_slot(owner_word(address, watchlist, SLOT_SENT), seen.ingress_ns, ifindex, scratch);
+		count_watched(counters_of(COUNTERS_TC, leaving.watchlist), 1, false);
+		take_slot(owner_word(address, leaving.watchlist, SLOT_SENT), seen.ingress_ns, ifindex, scratch);
 	}
-	if (watchlist)
-		observe((struct packet_source){.context = skb}, config, side_of(generation), watchlist, &seen, scratch);
+	if (leaving.watchlist)
+		observe((struct packet_source){.context = skb}, config, side_of(leaving.generation), leaving.watchlist,
+			&seen, scratch);
 	return TC_ACT_UNSPEC;
 }
 

@@ -66,10 +66,12 @@ class DeliveryLinks:
         if program is None:
             return
         pin = self._links / name
+        was_attached = str(pin) in self._pins
         self._pins.discard(str(pin))
         if not pin.exists() or attached_program(pin) != program.id:
             self._pin(pin, local_in(program.fd, family))
-        elif (link := _in_place_of(pin, program.fd, family)) is not None:
+        # not at the start of an agent, which makes nothing anew that is there
+        elif was_attached and (link := _in_place_of(pin, program.fd, family)) is not None:
             self._pin(pin, link)
         self._pins.add(str(pin))
 
