@@ -1,13 +1,14 @@
 /* SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only */
 /*
- * Counting, per CPU and without atomics: a counter has one kind of program that writes it. TC programs and deliver run with
- * softirqs off and never within each other; the tracepoint program may be interrupted by them, but not by itself. local_in
- * counts with TC, and may be interrupted where a process has given a packet back to the kernel (NFQUEUE: nf_reinject).
+ * Counting, per CPU. What is counted per packet has one kind of program that writes it, and needs no atomics: TC programs
+ * and deliver run with softirqs off and never within each other; they may interrupt the tracepoint program, which does not
+ * interrupt itself. local_in counts with TC, and they may interrupt it where a process has given a packet back to the
+ * kernel (NFQUEUE: nf_reinject), so its additions are atomic.
  */
 #pragma once
 #include "maps.h"
 
-/* `interruptible`: by a program that writes the same counter. One instruction is not. */
+/* `interruptible`: a program that writes the same counter may interrupt this one, but not within an instruction. */
 static __always_inline void add(__u64 *counter, __s64 change, bool interruptible)
 {
 	if (interruptible)
@@ -16,6 +17,7 @@ static __always_inline void add(__u64 *counter, __s64 change, bool interruptible
 		*counter += change;
 }
 
+/* What is rare, by whichever program. */
 static __always_inline void count(enum datapath_counter counter)
 {
 	__u32 index = counter;

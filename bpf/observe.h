@@ -16,7 +16,7 @@ struct observation {
 	bool translated;       /* the packet no longer carries key */
 };
 
-/* Where a packet is read from: one of the two pointers is NULL; and whether TC programs may interrupt the one that reads. */
+/* Where a packet is read from, one of the two pointers being NULL; and whether TC programs may interrupt the reader. */
 struct packet_source {
 	struct __sk_buff *context;
 	const struct kernel_skb *skb;

@@ -3,7 +3,7 @@
  * Telemetry reports are never watched, or a watchlist that matches them feeds itself. What the agent's own sockets send is
  * known by the sockets' cookies, whatever NAT or tunnel it has been through before the first hook. On other nodes and
  * behind other network namespaces a report is known by what it contains: Telemetry Report v0.5 as report.h writes it, with
- * reserved bits and fields that the kernel does not tell TC programs about: some 70 bits of a flow report, 60 of a drop report.
+ * reserved bits and fields that the kernel does not give TC programs: some 70 bits of a flow report, 60 of a drop report.
  */
 #pragma once
 #include "fingerprint.h"
@@ -41,7 +41,7 @@ static __always_inline __u32 v05_header_bytes(const __u8 *report)
 	return 0;
 }
 
-/* Whether the header of a report may end here: what follows is an Ethernet header, or nothing, where no packet could be read. */
+/* Whether the header of a report may end here: an Ethernet header follows, or nothing, if no packet could be read. */
 static __always_inline bool may_end_header(struct __sk_buff *skb, __u32 at)
 {
 	__be16 type;

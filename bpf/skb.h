@@ -152,15 +152,14 @@ static __always_inline __u64 inside_kernel_tunnel(const struct flow_key *key, co
 }
 
 /*
- * The tuple and fingerprint of a dropped or taken packet as it is now, as parse.h and fingerprint.h would find them. What parse_ipv6
- * would not follow either leaves a fingerprint that no slot has.
+ * The tuple and fingerprint of a dropped or taken packet as it is now, as parse.h and fingerprint.h would find them. What
+ * parse_ipv6 would not follow either leaves a fingerprint that no slot has.
  */
 static __always_inline void read_tuple(struct scratch *scratch, const struct kernel_skb *skb,
 				       const struct tunnel_ports *tunnels)
 {
 	__u64 ip = skb->head + skb->network_header;
 	__s32 linear = skb->tail - skb->network_header;
-
 	__u16 inner_offset = 0;
 
 	__builtin_memset(&scratch->key, 0, sizeof(scratch->key));
@@ -286,8 +285,8 @@ static __always_inline __u32 is_translated(const struct flow_key *now, const str
 }
 
 /*
- * Judge a packet by the tuple that it has now if that is another than it came with, and if that is in no rule, by the verdict that it got
- * on arrival. Returns the watchlist that it is reported for, 0 if for none; scratch->key is the tuple that matched then.
+ * Judge a packet by the tuple that it has now if that is another than it came with, and if that is in no rule, by the
+ * verdict that it got on arrival. Returns the watchlist that it is reported for, 0 if for none; scratch->key is the tuple that matched then.
  * `cached` as in classify.
  */
 static __always_inline __u16 judge_skb(struct scratch *scratch, const struct tunnel_ports *tunnels, __u16 watched_for,

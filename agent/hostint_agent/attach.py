@@ -272,11 +272,10 @@ class Attacher:
         on_look: Callable[[State], bool] = lambda _: True,
         addresses: Iterable[str] = (),
     ) -> None:
-        """`directory` is `PIN/<build>` as the loader returned it, `cgroup` as in delivery.cgroup_root.
+        """`directory` is `PIN/<build>` as the loader returned it, `cgroup` as in cgroup_root.
 
-        Raises bpf_calls.BpfError.
-
-        `addresses` are those that the cluster knows the node by. `on_look` is called after every look, in the thread that looked; False: look again soon.
+        `on_look` is called after every look, in the thread that looked; False: look again soon.
+        `addresses` are those that the cluster knows the node by. Raises bpf_calls.BpfError.
         """
         self._links = pin_dir / "links"
         programs = {
@@ -325,7 +324,7 @@ class Attacher:
         return bpf_calls.program_info(self._programs["drop"].fd).recursion_misses
 
     def add_address(self, address: str) -> None:
-        """Have the next look, which is due now, ask which interface sees traffic of this address, too."""
+        """Ask, in a look that is due now, which interface sees traffic of this address, too."""
         if address not in self._addresses:
             self._addresses |= {address}
             self._look_wanted.set()

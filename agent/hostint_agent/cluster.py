@@ -318,7 +318,7 @@ class StatusWriter:
                 backoff.reset()
 
     def _must_restore(self, status: NodeConfigStatus) -> bool:
-        """Return True if the object has shown another status than the one written, and for long enough.
+        """Return True if the object has shown another status than the one written for long enough.
 
         Not at once: an event of before may have come late. Asks to be called again when it is time.
         """

@@ -45,38 +45,44 @@ class DeliveryLinks:
         self._links = links
         self._programs = programs
         self._cgroup = cgroup
-        # of links that are attached; one that could not be is tried again, and not missed meanwhile
-        self._pins: set[str] = set()
+        # of the links that were attached: one that could not be is retried, not missed
+        self._pins: set[Path] = set()
 
     def in_place(self) -> bool:
-        """True as long as the pins of all that was attached are there, which are what holds the links."""
+        """True as long as the pins of all that was attached are there: they hold the links."""
         return all(map(os.path.exists, self._pins))
 
     def ensure_sockets(self) -> None:
         """Attach `deliver` if it is not attached. Raises OSError."""
         pin, program = self._links / SOCKETS, self._programs["deliver"]
-        self._pins.discard(str(pin))
+        self._pins.discard(pin)
         if not pin.exists() or attached_program(pin) != program.id:
             self._pin(pin, sockets(program.fd, cgroup_root(self._cgroup)))
-        self._pins.add(str(pin))
+        self._pins.add(pin)
 
     def ensure_host(self, name: str) -> None:
-        """Attach `local_in` for a family of HOST, if the kernel has it and it is not attached. Raises OSError."""
+        """Attach `local_in` for a family of HOST if it is not attached and the kernel has it.
+
+        Raises OSError.
+        """
         program, family = self._programs.get("local_in"), HOST[name]
         if program is None:
             return
         pin = self._links / name
-        was_attached = str(pin) in self._pins
-        self._pins.discard(str(pin))
+        was_attached = pin in self._pins
+        self._pins.discard(pin)
         if not pin.exists() or attached_program(pin) != program.id:
             self._pin(pin, local_in(program.fd, family))
-        # not at the start of an agent, which makes nothing anew that is there
+        # Not at the first look: an agent that starts creates no link where there is one.
         elif was_attached and (link := _in_place_of(pin, program.fd, family)) is not None:
             self._pin(pin, link)
-        self._pins.add(str(pin))
+        self._pins.add(pin)
 
     def _pin(self, pin: Path, link: int) -> None:
-        """Pin a link in place of an older one, which it detaches: of two that see a packet, the first uses up its slot."""
+        """Pin a link in place of an older one, which unpinning detaches.
+
+        The new one is attached first: of two that see a packet, the first uses up its slot.
+        """
         try:
             pin.unlink(missing_ok=True)
             bpf_calls.obj_pin(link, pin)
@@ -99,13 +105,8 @@ def local_in(program_fd: int, family: int) -> int:
     Raises bpf_calls.BpfError.
     """
     for priority in range(_LAST_PRIORITY, _LAST_PRIORITY - _PRIORITIES, -1):
-        try:
-            return bpf_calls.netfilter_link_create(
-                program_fd, family, bpf_calls.NF_INET_LOCAL_IN, priority
-            )
-        except bpf_calls.BpfError as error:
-            if error.errno != errno.EBUSY:
-                raise
+        if (link := _local_in_at(program_fd, family, priority)) is not None:
+            return link
     raise bpf_calls.BpfError(
         errno.EBUSY, f"other BPF programs have the last {_PRIORITIES} priorities", "netfilter link"
     )
@@ -114,11 +115,18 @@ def local_in(program_fd: int, family: int) -> int:
 def _in_place_of(pin: Path, program_fd: int, family: int) -> int | None:
     """Attach where a pinned netfilter link was; None if it still is there. Raises OSError.
 
-    The kernel does not tell of such a link that it was detached, but gives each priority to one BPF program
-    (net/netfilter/core.c, nf_hook_entries_grow).
+    The kernel does not say that such a link was detached, but its priority is free then.
     """
     with bpf_calls.opened(pin) as link:
         priority = bpf_calls.netfilter_link_priority(link)
+    return _local_in_at(program_fd, family, priority)
+
+
+def _local_in_at(program_fd: int, family: int, priority: int) -> int | None:
+    """Attach at a priority; None if a BPF program has it (nf_hook_entries_grow: there is one each).
+
+    Raises bpf_calls.BpfError.
+    """
     try:
         return bpf_calls.netfilter_link_create(
             program_fd, family, bpf_calls.NF_INET_LOCAL_IN, priority
@@ -130,12 +138,12 @@ def _in_place_of(pin: Path, program_fd: int, family: int) -> int | None:
 
 
 def attached_program(pin: Path) -> int:
-    """Kernel id of the program that a pinned link runs; 0 if a cgroup link was detached. Raises OSError.
+    """Kernel id of the program that a pinned link runs; 0 if a cgroup link was detached.
 
-    A netfilter link that was detached looks as if it were not.
+    A netfilter link that was detached looks as if it were not. Raises OSError.
     """
     with bpf_calls.opened(pin) as link:
-        # The second is the low half of a cgroup's id, which the kernel sets to 0 as it detaches, or the protocol family
-        # of a netfilter link.
+        # The second is the low half of a cgroup's id, which the kernel sets to 0 as it detaches, or
+        # the protocol family of a netfilter link.
         program, where = bpf_calls.tcx_link_target(link)
     return program if where else 0

@@ -35,7 +35,7 @@ _DATAPATH_HELP = {
     "drop_evicted": "Flows forgotten for a drop because their part of the table was full",
     "drop_snapshot_failed": "Drop reports without inner packet because it could not be read",
     "drop_nested": "Drops not looked at because two versions of the drop program met on a CPU during an upgrade",
-    "drop_function_unknown": "Drops not counted by function: the table of functions was full, or the function had no name",
+    "drop_function_unknown": "Drops not counted by function: their table was full, or the function had no name",
 }
 
 

@@ -35,8 +35,8 @@ class Pace:
 
     A new pod is a burst of messages. Where a look takes long, bursts are longer too. kube-proxy may
     add 10,000 addresses, and some networks change for ever: looks may take half a second of CPU
-    time at once, and 5 % of a core after that, if a look takes up to 25 ms; one that takes longer is
-    made every half second.
+    time at once, and 5 % of a core after that, if a look takes up to 25 ms. One that takes longer
+    is made every half second.
     """
 
     _LEAST_S, _USUAL_S, _MOST_S = 0.02, 0.2, 0.5

@@ -164,8 +164,8 @@ def add_interface_options(parser: argparse.ArgumentParser, environment: Mapping[
         type=as_argument(parse_addresses),
         default=environment.get("HOSTINT_NODE_ADDRESSES", ""),
         metavar="ADDRESSES",
-        help="addresses that the cluster knows this node by, with commas between; their traffic must "
-        "be seen (env HOSTINT_NODE_ADDRESSES; an IPv4 node id is always one)",
+        help="addresses that the cluster knows this node by, with commas between; their traffic "
+        "must be seen (env HOSTINT_NODE_ADDRESSES; an IPv4 node id is always one)",
     )
 
 

@@ -125,8 +125,8 @@ def read_files(paths: Sequence[Path]) -> Objects:
 def compile_objects(objects: Objects, node_id: int, addresses: Addresses) -> NodeConfigSpec:
     """Return the configuration that these objects make, with the addresses that are known now.
 
-    Every watchlist applies: a node selector has nothing to select among. Raises InvalidFiles if they
-    are more than a node takes.
+    Every watchlist applies: a node selector has nothing to select among. Raises InvalidFiles if
+    they are more than a node takes.
     """
     made = (_collector(name, spec, addresses) for name, spec in objects.collectors.items())
     collectors = [collector for collector in made if collector]

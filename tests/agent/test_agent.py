@@ -189,9 +189,9 @@ def test_a_node_address_that_no_interface_sees_is_told(
 
         def is_told() -> bool:
             state = state_of(process)
-            told = (state.ready, state.reason, state.message[: len(WG0)])
+            found = (state.ready, state.reason, state.message[: len(WG0)])
             looked = not process._attacher._look_wanted.is_set()
-            return looked and told == (ready, reason, message)
+            return looked and found == (ready, reason, message)
 
         await becomes(is_told)
 

@@ -297,19 +297,25 @@ def test_a_watch_that_says_nothing_is_given_up(tmp_path, monkeypatch):
     asyncio.run(scenario())
 
 
+@contextlib.asynccontextmanager
+async def restored_etcd(tmp_path: Path) -> AsyncIterator[tuple[FakeServer, list[agent.Wanted]]]:
+    """A server that has gone back behind generation 7 while an agent watches: nothing is said."""
+    server = FakeServer()
+    server.version = 1000
+    server.put(7, 17)
+    async with following(server, tmp_path) as (seen, _):
+        await until(lambda: server.watches)
+        server.version = 500
+        server._events.clear()
+        yield server, seen
+
+
 @pytest.mark.parametrize("end", ["silent", "away"])
 def test_server_whose_versions_went_back_is_listed(tmp_path, monkeypatch, end):
-    """etcd was restored from a backup: a watch from the version before says nothing."""
     monkeypatch.setattr(cluster, "SILENCE_S", 0.3)
 
     async def scenario() -> None:
-        server = FakeServer()
-        server.version = 1000
-        server.put(7, 17)
-        async with following(server, tmp_path) as (seen, _):
-            await until(lambda: server.watches)
-            server.version = 500
-            server._events.clear()
+        async with restored_etcd(tmp_path) as (server, seen):
             server.put(2, 12)
             if end == "away":
                 server.down = True
@@ -326,17 +332,11 @@ def test_server_whose_versions_went_back_is_listed(tmp_path, monkeypatch, end):
 
 
 def test_generation_that_comes_again_with_another_spec_is_taken(tmp_path, monkeypatch):
-    """etcd was restored from a backup, and the operator wrote another spec, before the agent noticed."""
+    """The operator wrote one before the agent noticed that etcd was restored."""
     monkeypatch.setattr(cluster, "SILENCE_S", 0.3)
 
     async def scenario() -> None:
-        server = FakeServer()
-        server.version = 1000
-        server.put(7, 17)
-        async with following(server, tmp_path) as (seen, _):
-            await until(lambda: server.watches)
-            server.version = 500
-            server._events.clear()
+        async with restored_etcd(tmp_path) as (server, seen):
             server.put(7, 99)
             server.item["spec"]["digest"] = "another"
             await until(lambda: len(seen) == 2)

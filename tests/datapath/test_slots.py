@@ -110,6 +110,24 @@ def test_who_interrupts_the_writer_of_a_ring_leaves_the_ring_alone_and_counts(pr
     assert report.sequence == found.counters["reported"] + found.counters["ring_full"] + 1
 
 
+def test_a_clock_that_is_behind_that_of_the_arrival_makes_no_latency(programs):
+    """Another CPU's, by some ns; here by a tenth of a second, which would be 4.19 s on the wire."""
+    programs.datapath.watch([datapaths.everything()])
+
+    def pass_by() -> None:
+        programs.come(FRAME)
+        ((index, slot),) = programs.waiting().items()
+        slot.arrival_ns += 100_000_000
+        put(programs, index, slot)
+        programs.leave(FRAME)
+        # of a packet that did not leave with the memory that it came with
+        for left in programs.waiting():
+            put(programs, left, bpf_types.Slot())
+
+    for report in programs.repeat(pass_by, 5):
+        assert report.hop_latency == 0
+
+
 def fingerprint(programs: Programs, frame: bytes) -> int:
     """What a packet leaves in its slot."""
 

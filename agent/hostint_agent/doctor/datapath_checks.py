@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks of `hostint-agent doctor` that concern what is loaded and attached, and where. They look, and change nothing."""
 
-import contextlib
 import errno
 import ipaddress
 from collections.abc import Iterator, Mapping, Sequence
@@ -151,11 +150,7 @@ def attachments(given: settings.Settings, loaded: Loaded | None) -> Iterator[Fin
 
 
 def _would_be_watched(chosen: Sequence[interfaces.Interface], pin_dir: Path) -> Finding:
-    left: list[str] = []
-    # Where something is pinned, or pins may not be read, the check `datapath` has said what is wrong.
-    with contextlib.suppress(PermissionError):
-        if not loader.builds(pin_dir):
-            left += _still_run(chosen, pin_dir / "links")
+    left = [] if _may_hold_builds(pin_dir) else [*_still_run(chosen, pin_dir / "links")]
     if left:
         where = listed([*dict.fromkeys(left)])
         words = f"programs of ours whose maps are pinned nowhere run on {where}"
@@ -165,8 +160,16 @@ def _would_be_watched(chosen: Sequence[interfaces.Interface], pin_dir: Path) -> 
     return finding.ok("interfaces", f"{len(chosen)} to watch: {listed(kinds)}")
 
 
+def _may_hold_builds(pin_dir: Path) -> bool:
+    """Return False if nothing is pinned. Otherwise the check `datapath` says what is wrong."""
+    try:
+        return bool(loader.builds(pin_dir))
+    except PermissionError:
+        return True
+
+
 def _still_run(chosen: Sequence[interfaces.Interface], links: Path) -> Iterator[str]:
-    """Yield the interfaces on which programs of ours run, by filters or by links that are pinned."""
+    """Yield the interfaces on which our programs run, by filters or by pinned links."""
     pinned_links = {path.name for path in links.iterdir()} if links.is_dir() else set()
     with netlink.Socket() as route:
         for each in chosen:

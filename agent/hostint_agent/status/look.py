@@ -33,9 +33,9 @@ class NoStatus(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Where:
-    """What to look at: pins and sources of the programs, and whose last good configuration has the names.
+    """What to look at: pins and sources of the programs; whose last good configuration has names.
 
-    `patterns` and `addresses` (of the node) are those that the agent was given, as in choice.unseen.
+    `patterns` and `addresses` (of the node) are those of the agent, as in choice.unseen.
     """
 
     pin_dir: Path

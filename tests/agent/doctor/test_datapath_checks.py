@@ -7,8 +7,9 @@ import time
 
 import pytest
 
-from hostint_agent import bpf_calls, kernel, loader
+from hostint_agent import bpf_calls, interfaces, kernel, loader
 from hostint_agent.doctor import datapath_checks
+from hostint_agent.status import look as status
 from tests.agent.doctor.findings import examine, fails, is_ok, warns
 from tests.agent.doctor.loaded import attached, look
 from tests.lab import cni
@@ -57,6 +58,16 @@ def test_an_uplink_that_cannot_be_watched_is_named(near, pins):
         ip(f"-n {near.name} addr add fd00:8::2/64 dev tun0 nodad")
         found = look(near, pins, "--node-addresses", "10.98.0.1,fd00:8::2")
         warns(found["uplink tun0"], "the node's address fd00:8::2 is on tun0")
+        # status, with the same options
+        exclude = interfaces.Patterns(exclude=("tun*",))
+        for patterns, addresses, words in (
+            (interfaces.Patterns(), (), ["the default route is on tun0"]),
+            (interfaces.Patterns(), ("fd00:8::2",), ["the node's address fd00:8::2 is on tun0"]),
+            (exclude, ("fd00:8::2",), []),
+        ):
+            where = status.Where(pins, loader.default_bpf_dir(), pins, "node", patterns, addresses)
+            found = near.inside(lambda where=where: status.gather(where, 0)).unseen
+            assert [each[: len(start)] for each, start in zip(found, words, strict=True)] == words
         config.set_node_id(int.from_bytes(bytes((10, 8, 0, 2))))
         try:
             warns(look(near, pins)["uplink tun0"], "the node's address 10.8.0.2 is on tun0")
